@@ -102,14 +102,14 @@ def claim(
         if connection.execute(_claim_new(connection.dialect.name), given).rowcount == 1:
             return
         bucket = _bucket(connection, bundle_id)
-        if _is_free(connection, bundle_id, bucket, key, run=run, busy=busy):
+        if _can_take_over(connection, bundle_id, bucket, key, run=run, busy=busy):
             _take(connection, bundle_id, bucket, key, run)  # the next attempt finds a row of this process
     raise ObjectInUseError(key, "other processes claim it at the same time", seconds=0.0)
 
 
 def check_free(connection: sa.Connection, bundle_id: str, key: str, *, run: str, busy: Collection[str]) -> None:
     """Check that an unfinished task could claim an object. Raises as `claim`."""
-    _is_free(connection, bundle_id, _bucket(connection, bundle_id), key, run=run, busy=busy)
+    _can_take_over(connection, bundle_id, _bucket(connection, bundle_id), key, run=run, busy=busy)
 
 
 def _bucket(connection: sa.Connection, bundle_id: str) -> str:
@@ -120,10 +120,14 @@ def _bucket(connection: sa.Connection, bundle_id: str) -> str:
     return bucket
 
 
-def _is_free(
+def _can_take_over(
     connection: sa.Connection, bundle_id: str, bucket: str, key: str, *, run: str, busy: Collection[str]
 ) -> bool:
-    """Whether the object has a row that the task may take over. Raises ObjectInUseError if it may not."""
+    """Lock the object's row, and return True if the task owns it or may take it over; False if there is no row.
+
+    Raises:
+        ObjectInUseError: Another task owns the row, or a request may still hit the object.
+    """
     query = sa.select(bundle_part).where(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
     row = connection.execute(query.with_for_update()).first()
     if row is None:
@@ -146,7 +150,7 @@ def _is_free(
 
 
 def _take(connection: sa.Connection, bundle_id: str, bucket: str, key: str, run: str) -> None:
-    """Make the task the owner of a row that `_is_free` has locked."""
+    """Make the task the owner of a row that `_can_take_over` has locked."""
     there = sa.and_(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
     # A late request of another process for the same task has the same content, but may arrive after a deletion.
     late = sa.and_(there, bundle_part.c.run.is_not(None), bundle_part.c.run != run)

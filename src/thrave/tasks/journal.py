@@ -62,16 +62,16 @@ class StoredObject(NamedTuple):
     size: int | None
     """Bytes; None while it is in flight."""
     etag: str | None = None
-    """MD5 in hex, as verified with the store's ETag; None if the store keeps none."""
+    """MD5 in hex, which `ObjectStore.put` has compared with the store's ETag; None if the store keeps none."""
 
 
 class StoredDigest(NamedTuple):
-    """The digests of a part, verified when the store accepted it."""
+    """The digests of a part that the store has accepted."""
 
     sha256: str
     """Of the part that was sent, in hex."""
     md5: str
-    """Of the same bytes; the store's ETag was equal to it."""
+    """Of the same bytes; `ObjectStore.put` has compared it with the store's ETag."""
 
 
 class StoredBatch(NamedTuple):
@@ -87,7 +87,7 @@ EMPTY_BATCH = StoredBatch()
 
 
 class SentPart(NamedTuple):
-    """A part that was sent before."""
+    """A part that an earlier run has claimed, and perhaps sent."""
 
     record: PartRecord
     stored: bool
@@ -104,7 +104,7 @@ class ResumeState:
     resume_point: ResumePoint | None = None
     """Where sealing resumes; None: at the start."""
     sent: Mapping[int, SentPart] = field(default_factory=dict)
-    """The parts that were sent beyond that point, by their indexes."""
+    """The parts after that point that were claimed, by their indexes. They may be in the bucket, or arrive later."""
 
     @property
     def first_part(self) -> int:
@@ -198,9 +198,9 @@ class UploadJournal:
             return cast("Documents | None", connection.execute(query).scalar_one())
 
     def stored_digests(self) -> dict[str, StoredDigest]:
-        """Return the digests of the parts whose MD5 was verified when the store accepted them, by their keys."""
-        proved = sa.and_(self._sent, bundle_part.c.etag.is_not(None), bundle_part.c.part.is_not(None))
-        query = sa.select(bundle_part.c.key, bundle_part.c.part, bundle_part.c.etag).where(proved)
+        """Return the digests of the stored parts whose MD5 the driver has compared with the ETag, by their keys."""
+        verified = sa.and_(self._sent, bundle_part.c.etag.is_not(None), bundle_part.c.part.is_not(None))
+        query = sa.select(bundle_part.c.key, bundle_part.c.part, bundle_part.c.etag).where(verified)
         with self._engine.connect() as connection:
             rows = connection.execute(query)
             return {row.key: StoredDigest(row.part["sha256"], row.etag) for row in rows}

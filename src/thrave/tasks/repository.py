@@ -172,8 +172,8 @@ class TaskRepository:
         """Return the upload policy and signature of an unfinished task."""
         query = sa.select(bundle_task.c.encrypted_policy).where(bundle_task.c.bundle_id == bundle_id)
         with self._engine.connect() as connection:
-            sealed = connection.execute(query).scalar_one()
-        return StoredPolicy(*json.loads(self._vault.decrypt(sealed, context=bundle_id)))
+            encrypted = connection.execute(query).scalar_one()
+        return StoredPolicy(*json.loads(self._vault.decrypt(encrypted, context=bundle_id)))
 
     def is_manifest_sent(self, bundle_id: str) -> bool:
         """Whether the manifest may have been sent."""
@@ -275,6 +275,8 @@ class TaskRepository:
     def complete(self, bundle_id: str) -> bool:
         """End a task as `complete`, and erase its secrets; return whether it is complete now."""
         complete = BundleTaskState.COMPLETE
+        # No condition on `next_step`: only the step `complete` calls this, and the lease refuses every earlier run.
+        # `end_on_lost_host`, which ends a task at any step, needs that condition.
         done = self._change_state(bundle_id, ALLOWED_FROM[complete], _GOES_FORWARD, state=complete, **_COMPLETED)
         return done or self.state(bundle_id) is complete
 
@@ -340,10 +342,10 @@ class TaskRepository:
 
     def add_event(self, bundle_id: str, message: str) -> None:
         """Add an event that is no change of state."""
-        state = sa.select(bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
+        query = sa.select(bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
         with self._task_transaction(bundle_id) as connection:
-            now = connection.execute(state).scalar_one()
-            connection.execute(bundle_task_event.insert(), _event(bundle_id, now, message))
+            state = connection.execute(query).scalar_one()
+            connection.execute(bundle_task_event.insert(), _event(bundle_id, state, message))
 
     def add_warning(self, bundle_id: str, warning: str) -> None:
         """Add a warning for the task's owner, and an event. Folders of the host's files are removed from the text."""

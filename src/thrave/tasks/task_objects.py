@@ -1,8 +1,9 @@
 """The objects of one task's bundle in its bucket: claim, upload, verification, side file and manifest.
 
-Every key is claimed before its object is sent (`claims.py`), so cleanup after a crash finds exactly what was sent. No
-existing object is overwritten, except the manifest of a replaced bundle: last, after every part was verified. No thread
-of a task waits inside a call to the store (`store_calls.py`). `uploads.py` decides which parts are uploaded.
+Every key is claimed before its object is sent (`claims.py`), so cleanup after a crash finds exactly what was sent. A
+task overwrites only its own objects (after a crash it sends the same bytes again) and the manifest of a bundle that it
+replaces: last, after every part was verified. No thread of a task waits inside a call to the store (`store_calls.py`).
+`uploads.py` decides which parts are uploaded.
 """
 
 from collections.abc import Callable, Iterator
@@ -146,8 +147,8 @@ class TaskObjects:
                     done += len(calls.results())
                     monitor.report_activity()
                 key = self.key_of(name)
-                proof = sent.get(key)
-                md5 = proof.md5 if proof and proof.sha256 == sealed[name].sha256 else None
+                verified = sent.get(key)
+                md5 = verified.md5 if verified and verified.sha256 == sealed[name].sha256 else None
                 calls.start(partial(self._verify_object, calls, key, sealed[name], md5, reading))
             for _ in calls.remaining():
                 done += 1

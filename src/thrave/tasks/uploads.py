@@ -31,8 +31,8 @@ def upload_volume(
     """Seal a volume and upload its parts; resume an upload that a crash interrupted.
 
     An upload resumes with the same key at the end of the stored parts, if the volume is unchanged. Two checks prove
-    this: the digest of all data before that point, and the digests of each part that was sent beyond it. If the volume
-    has changed, the upload restarts with another key: one key and IV never encrypt two states of a disk.
+    this: the digest of all data before that point, and the digests of each later part that was sent. If the volume has
+    changed, the upload restarts with another key: one key and IV never encrypt two states of a disk.
 
     Raises:
         BucketError: The policy or the bucket refuses a part.
@@ -41,8 +41,8 @@ def upload_volume(
     """
     state = journal.resume_state()
     if state is not None:
-        beyond = sum(part.stored for part in state.sent.values())
-        monitor.add_event(f"Sealing resumes after {state.first_part} parts; {beyond} parts beyond them are stored.")
+        later = sum(part.stored for part in state.sent.values())  # stored parts after the first one that is not stored
+        monitor.add_event(f"Sealing resumes after {state.first_part} parts; {later} later parts are already stored.")
         try:
             return PartUploader(volume, objects, journal, state, monitor, compression=compression).run()
         except ResumeError as error:
@@ -71,8 +71,8 @@ class PartUploader:
     """Uploads the parts of one sealing: several at a time, finished in any order.
 
     One transaction per part records two facts: which parts are stored, and that the next part is about to be sent. The
-    checkpoint only moves to the end of the stored prefix. A stored part beyond it is known by its record: after a crash
-    the part is sealed again, but not sent again. No part may differ from a part that was sent with the same key.
+    checkpoint only moves to the end of the stored prefix. A stored part after that end is known by its record: after a
+    crash the part is sealed again, but not sent again. No part may differ from a part that was sent with the same key.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class StoredPrefix:
     def __init__(self, end: int) -> None:
         self.end = end
         self.checkpoint: Checkpoint | None = None
-        self._beyond: dict[int, Checkpoint | None] = {}
+        self._after_end: dict[int, Checkpoint | None] = {}  # stored parts after the first part that is not stored
 
     def add(self, index: int, checkpoint: Checkpoint | None) -> None:
         """Add a stored part."""
-        self._beyond[index] = checkpoint
-        while self.end in self._beyond:
-            self.checkpoint = self._beyond.pop(self.end) or self.checkpoint
+        self._after_end[index] = checkpoint
+        while self.end in self._after_end:
+            self.checkpoint = self._after_end.pop(self.end) or self.checkpoint
             self.end += 1
