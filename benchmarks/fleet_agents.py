@@ -157,7 +157,7 @@ class SimulatedBundling(BundleWorkflow):
 
     def shut_down(self) -> None:
         """Power off before the state is read, which saves the pause between two readings."""
-        with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
+        with self._enter_state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
             self._overlay.merge(watch.pause)
             self._power.record_power_state()
             self._context.driver.request_stop(self._task.instance_id)
@@ -168,7 +168,7 @@ class SimulatedBundling(BundleWorkflow):
         secrets_of_bundle = BundleKey.generate()
         names = [f"{self._task.prefix}.part.{index:02}" for index in range(PARTS)]
         parts = [PartRecord(index, name, len(_PART), **_DIGESTS) for index, name in enumerate(names)]
-        with self._state(BundleTaskState.BUNDLING) as watch, self._power.hold_stopped(watch) as instance:
+        with self._enter_state(BundleTaskState.BUNDLING) as watch, self._power.hold_stopped(watch) as instance:
             self._repository.set_volume_size(self._task.bundle_id, PARTS * len(_PART))
             self._journal.start_sealing(secrets_of_bundle)
             stored = StoredBatch()
