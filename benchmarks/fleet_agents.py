@@ -273,7 +273,7 @@ class SimulatedAgent:
         with RUNNING.claimed(bundle_id) as is_first:
             task = worker.repository.get(bundle_id)
             if is_first and task is not None and task.host == worker.host:
-                run = worker.repository.record_attempt(bundle_id)
+                run = worker.repository.start_run(bundle_id)
                 if run is not None:
                     SimulatedBundling(worker, task, run, self).run()
         workflow.end()

@@ -181,7 +181,7 @@ bundle_task = sa.Table(
     sa.Column("warning", sa.Text),  # for the owner; the task continued
     sa.Column("volume_size", sa.BigInteger),  # bytes of the root volume; null until it has been opened
     # Number of runs. It is the number of the last run, and only that run may write.
-    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("runs", sa.Integer, nullable=False, server_default="0"),
     sa.Index("bundle_task_by_account", "account_id", "start_time"),
     sa.Index("bundle_task_by_start_time", "start_time", "bundle_id"),
     sa.Index("bundle_task_by_update_time", "update_time"),
@@ -254,8 +254,9 @@ bundle_part = sa.Table(
     # No cascade: a task's record cannot be deleted while it owns a key.
     sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id"), nullable=False, index=True),
     sa.Column("state", sa.String(8), nullable=False),  # sent | unwanted | gone
-    sa.Column("run", sa.String(16)),  # run whose request may be in flight; null: none
-    sa.Column("settle_time", UtcDateTime),  # until then a request of an earlier run may arrive; the database's clock
+    # The process, or the attempt to delete, that sent the last request; null: no request is open.
+    sa.Column("sender", sa.String(16)),
+    sa.Column("settle_time", UtcDateTime),  # until then a request of an earlier sender may arrive; the database's clock
     sa.Column("size", sa.BigInteger),  # bytes; null until it is stored
     sa.Column("etag", sa.String(64)),  # MD5 in hex; null if the store's ETag is not an MD5
     sa.Column("part", sa.JSON(none_as_null=True)),  # its entry in the manifest; null if it is not a part

@@ -56,7 +56,7 @@ def task(components):
             components.records().add(connection, bundle_id, name, request)
             components.queues.enqueue(connection, bundle_id, name)
         if begun:
-            components.records().record_attempt(bundle_id)
+            components.records().start_run(bundle_id)
             components.records().change_state(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
 
     return add

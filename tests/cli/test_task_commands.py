@@ -81,7 +81,7 @@ def failed(server, alice, tmp_path):
 def test_task_list_shows_stored_parts_of_complete_task(thrave, thrave_json, server, complete):
     (task,) = [task for task in thrave_json("task", "list")["tasks"] if task["bundleId"] == complete]
     files = [*(server.data.buckets / "alices-bucket").glob(f"{task['instanceId']}*")]
-    assert (task["state"], task["error"], task["orphanedObjects"], task["attempts"]) == ("complete", None, 0, 1)
+    assert (task["state"], task["error"], task["orphanedObjects"], task["runs"]) == ("complete", None, 0, 1)
     assert task["storedSize"] == sum(file.stat().st_size for file in files)
     assert task["storedParts"] == len(files) - 2
     assert task["volumeSize"] == 30 * MIB

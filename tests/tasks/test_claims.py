@@ -95,7 +95,7 @@ def is_whole(bench):
 
 # The owner and the content of a row, and the result of a claim by another task.
 @pytest.mark.parametrize(
-    ("owner", "run", "settles", "seconds"),
+    ("owner", "sender", "settles", "seconds"),
     [
         ("unfinished", None, None, None),
         ("unfinished", "other", None, None),
@@ -108,7 +108,7 @@ def is_whole(bench):
         ("failed", None, 3600.0, 3600.0),
     ],
 )
-def test_claim_of_key_recorded_by_another_task(make_bench, owner, run, settles, seconds):
+def test_claim_of_key_recorded_by_another_task(make_bench, owner, sender, settles, seconds):
     first = make_bench(A)
     first.journal.record_upload(KEY)
     if owner != "unfinished":
@@ -117,7 +117,7 @@ def test_claim_of_key_recorded_by_another_task(make_bench, owner, run, settles, 
         connection.execute(bundle_task.update().values(prefix="other"))
         if owner == "complete":
             connection.execute(bundle_task.update().values(state="complete"))
-    change(first, run=run, settle_time=settles and utc_now() + timedelta(seconds=settles), state="sent")
+    change(first, sender=sender, settle_time=settles and utc_now() + timedelta(seconds=settles), state="sent")
     second = make_bench(B)
     if seconds == "free":
         second.journal.check_free(KEY)
@@ -245,7 +245,7 @@ def test_late_upload_of_earlier_run(on_sqlite, buckets, key, late):
     """The run was killed. Its objects are deleted now, and again when no late request can arrive any more."""
     bench = on_sqlite(A)  # the host that adopts it
     bench.journal.record_upload(key)
-    change(bench, run="other")
+    change(bench, sender="other")
     if late == "before the removal":
         buckets.put(BUCKET, key, b"late")
     bench.store().remove_objects()
@@ -272,7 +272,7 @@ def test_unconfirmed_upload_of_earlier_run(on_sqlite, buckets, tmp_path, kind):
     earlier = on_sqlite(A)
     sealed = earlier.seal(volume(tmp_path, A))
     (key,) = (part.filename for part in sealed.parts)
-    change(earlier, run="other", size=None)  # killed before the response was recorded
+    change(earlier, sender="other", size=None)  # killed before the response was recorded
     bench = on_sqlite(A)
     sealed = bench.seal(volume(tmp_path, A if kind == "the same sealing" else B))
     bench.finish(sealed)

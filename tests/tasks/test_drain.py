@@ -93,7 +93,7 @@ def records(components):
     """The repository of tasks on the draining host."""
     records = components.records()
     add_task(components, "bun-1")
-    records.record_attempt("bun-1")
+    records.start_run("bun-1")
     return records
 
 

@@ -88,7 +88,7 @@ def test_task_times_are_those_of_the_database(postgres, tmp_path, monkeypatch, h
     wrong = utc_now() + timedelta(hours=hours)
     monkeypatch.setattr(thrave.database, "utc_now", lambda: wrong)
     add_task(components, "bun-2")
-    records.record_attempt("bun-1")
+    records.start_run("bun-1")
     records.schedule_power_recovery("bun-1", timedelta(minutes=1))
     assert records.cancel("bun-1")
     assert [task.bundle_id for task in records.of_account("1" * 12, kept=timedelta(minutes=30))] == ["bun-1", "bun-2"]
@@ -170,7 +170,7 @@ def test_adopted_tasks_can_return_to_their_host(components, hosts):
 def test_requeue_lost_skips_waiting_tasks_of_draining_host(components, hosts, change):
     add_task(components, "bun-1")
     add_task(components, "bun-2")
-    components.records().record_attempt("bun-1")
+    components.records().start_run("bun-1")
     hosts.drain("host-a")
     assert hosts.started_tasks("host-a") == ["bun-1"]
     hosts.requeue_lost("host-a")

@@ -157,12 +157,12 @@ def test_replaced_run_writes_nothing(here):
         rows = []
 
         def another_begins(bundle_id=bundle_id, rows=rows):
-            here.records.record_attempt(bundle_id)
+            here.records.start_run(bundle_id)
             rows.append(here.get(bundle_id))
 
         with at(here.components.database, TRANSACTION, number, another_begins):
             here.run(bundle_id)
-        assert rows[0].attempts == 2 or rows[0].state == "complete"
+        assert rows[0].runs == 2 or rows[0].state == "complete"
         assert here.get(bundle_id) == rows[0]
 
 
@@ -175,7 +175,7 @@ def test_second_run_in_one_process_is_ignored(here):
             if not at_once:
                 at_once.append(None)
                 here.run(bundle_id)
-                at_once.append(here.get(bundle_id).attempts)
+                at_once.append(here.get(bundle_id).runs)
             return self.inner.head(bucket, key)
 
     here.run(bundle_id, store=AsksTwice(here.buckets))

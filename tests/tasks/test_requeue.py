@@ -46,7 +46,7 @@ def write_task(data, instance_id, state):
         insert(connection, "bundle_task", bundle_id=BUNDLE, account_id=ACCOUNT, owner_id=ACCOUNT,
                instance_id=instance_id, host="localhost", state=state, start_time=now, update_time=now,
                bucket="bucket", prefix="winami", access_key_id=KEY, was_running=None if state == "pending" else True,
-               next_step="stop" if state == "pending" else "seal", attempts=0, manifest_sent=False,
+               next_step="stop" if state == "pending" else "seal", runs=0, manifest_sent=False,
                encrypted_policy=vault.encrypt(grant, context=BUNDLE))  # fmt: skip
         if state != "pending":
             insert(connection, "instance_power", instance_id=instance_id, wanted="running", version=1, asked=False,

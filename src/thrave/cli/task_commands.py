@@ -98,7 +98,7 @@ def list_(
 def show(settings: Settings, bundle_id: str, output: str) -> None:
     """Show everything about the task with the id BUN.
 
-    States with their times, stored parts, rate and attempts. For a failed task also the reason, what to do, and objects
+    States with their times, stored parts, rate and runs. For a failed task also the reason, what to do, and objects
     that could not be removed from the bucket.
 
     \b

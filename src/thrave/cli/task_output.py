@@ -61,7 +61,7 @@ def task_document(report: TaskReport) -> dict[str, object]:
         "storedSize": stored.size,
         "storedParts": stored.parts,
         "orphanedObjects": len(report.orphaned_keys),
-        "attempts": task.attempts,
+        "runs": task.runs,
         "warning": task.warning,
         "error": error,
     }
@@ -147,7 +147,7 @@ def _properties(details: TaskDetails, durations: Sequence[StateDuration]) -> lis
     properties = {
         "state": f"{task.state} {_format_progress(task)}",
         "instance": f"{task.instance_id} of account {task.account_id}{power}",
-        "host": f"{task.host}, started {task.attempts} times" if task.attempts > 1 else task.host,
+        "host": f"{task.host}, started {task.runs} times" if task.runs > 1 else task.host,
         "bucket": f"{task.bucket}, prefix {task.prefix}",
         "volume": volume,
         "stored": objects,

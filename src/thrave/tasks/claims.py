@@ -9,7 +9,7 @@ No clock decides which task owns a key. Deleting the row of an ended task releas
 # The rules:
 # - No task can claim a key of another unfinished task.
 # - A task takes over the row of an ended task. It waits while a request of that task may be in flight.
-# - `run` names the sender of a request that is not recorded as ended: a process that writes, or one attempt to delete.
+# - `sender`: the process, or the attempt to delete, that sent the last request; None: no request is open.
 #   A process has a list of its own requests (`store_calls.py`, `IN_FLIGHT`). A request of another sender may arrive at
 #   any time: the sender was killed or disconnected, or does not wait for it.
 # - Such a key is not free for `SETTLE` seconds after that was found (`settle_time`, by the database's clock). An object
@@ -44,7 +44,7 @@ _GONE = bundle_part.c.state == sa.literal_column("'gone'")
 _UNWANTED = bundle_part.c.state == sa.literal_column("'unwanted'")
 _DELETE = bundle_part.delete().where(_OBJECT)
 _DELAY = bundle_part.update().where(_OBJECT).values(settle_time=now(SETTLE))
-_IS_GONE = bundle_part.update().where(_OBJECT).values(state="gone", run=None)
+_IS_GONE = bundle_part.update().where(_OBJECT).values(state="gone", sender=None)
 
 
 class ObjectInUseError(Exception):
@@ -62,25 +62,25 @@ def _claim_new(dialect: str) -> sa.Executable:
     insert: Any = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(bundle_part)
     row = sa.select(
         bundle_task.c.bucket, sa.bindparam("named", type_=bundle_part.c.key.type), bundle_task.c.bundle_id,
-        sa.literal_column("'sent'"), sa.bindparam("by", type_=bundle_part.c.run.type),
+        sa.literal_column("'sent'"), sa.bindparam("by", type_=bundle_part.c.sender.type),
         sa.bindparam("record", type_=bundle_part.c.part.type),
     ).where(bundle_task.c.bundle_id == sa.bindparam("of"), task_in_progress)  # fmt: skip
-    insert = insert.from_select(["bucket", "key", "bundle_id", "state", "run", "part"], row)
+    insert = insert.from_select(["bucket", "key", "bundle_id", "state", "sender", "part"], row)
     known = insert.excluded
     upsert: sa.Executable = insert.on_conflict_do_update(
         index_elements=["bucket", "key"],
-        set_={"run": known.run, "part": known.part, "size": None, "etag": None},
+        set_={"sender": known.sender, "part": known.part, "size": None, "etag": None},
         where=sa.and_(
             bundle_part.c.bundle_id == known.bundle_id,
             _SENT,
-            sa.or_(bundle_part.c.run.is_(None), bundle_part.c.run == known.run),
+            sa.or_(bundle_part.c.sender.is_(None), bundle_part.c.sender == known.sender),
         ),
     )
     return upsert.execution_options(preserve_rowcount=True)
 
 
 def claim(
-    connection: sa.Connection, bundle_id: str, key: str, *, run: str, busy: Collection[str], part: PartRecord | None
+    connection: sa.Connection, bundle_id: str, key: str, *, sender: str, busy: Collection[str], part: PartRecord | None
 ) -> None:
     """Claim an object that is about to be written, for an unfinished task.
 
@@ -88,7 +88,7 @@ def claim(
         connection: Of a transaction.
         bundle_id: The task.
         key: Of the object.
-        run: This process.
+        sender: This process.
         busy: Keys that requests of this process may still hit.
         part: Its record in the manifest, if it is a part.
 
@@ -97,19 +97,19 @@ def claim(
         RightLostError: The task has ended.
     """
     record = part and asdict(part)
-    given = {"named": key, "of": bundle_id, "by": run, "record": record}
+    given = {"named": key, "of": bundle_id, "by": sender, "record": record}
     for _ in range(_ATTEMPTS):
         if connection.execute(_claim_new(connection.dialect.name), given).rowcount == 1:
             return
         bucket = _bucket(connection, bundle_id)
-        if _can_take_over(connection, bundle_id, bucket, key, run=run, busy=busy):
-            _take(connection, bundle_id, bucket, key, run)  # the next attempt finds a row of this process
+        if _can_take_over(connection, bundle_id, bucket, key, sender=sender, busy=busy):
+            _take(connection, bundle_id, bucket, key, sender)  # the next attempt finds a row of this process
     raise ObjectInUseError(key, "other processes claim it at the same time", seconds=0.0)
 
 
-def check_free(connection: sa.Connection, bundle_id: str, key: str, *, run: str, busy: Collection[str]) -> None:
+def check_free(connection: sa.Connection, bundle_id: str, key: str, *, sender: str, busy: Collection[str]) -> None:
     """Check that an unfinished task could claim an object. Raises as `claim`."""
-    _can_take_over(connection, bundle_id, _bucket(connection, bundle_id), key, run=run, busy=busy)
+    _can_take_over(connection, bundle_id, _bucket(connection, bundle_id), key, sender=sender, busy=busy)
 
 
 def _bucket(connection: sa.Connection, bundle_id: str) -> str:
@@ -121,7 +121,7 @@ def _bucket(connection: sa.Connection, bundle_id: str) -> str:
 
 
 def _can_take_over(
-    connection: sa.Connection, bundle_id: str, bucket: str, key: str, *, run: str, busy: Collection[str]
+    connection: sa.Connection, bundle_id: str, bucket: str, key: str, *, sender: str, busy: Collection[str]
 ) -> bool:
     """Lock the object's row, and return True if the task owns it or may take it over; False if there is no row.
 
@@ -137,7 +137,7 @@ def _can_take_over(
     # Read after the row was locked, so it includes a task that has claimed the key meanwhile.
     if _is_unfinished(connection, row.bundle_id):
         raise ObjectInUseError(key, "another bundle task, which is not finished, writes it", seconds=None)
-    if row.run is not None and (row.run != run or key in busy):
+    if row.sender is not None and (row.sender != sender or key in busy):
         reason = "a request of an earlier bundle task to write or delete it may be in flight"
         raise ObjectInUseError(key, reason, seconds=0.0)
     seconds = 0.0
@@ -149,17 +149,17 @@ def _can_take_over(
     return True
 
 
-def _take(connection: sa.Connection, bundle_id: str, bucket: str, key: str, run: str) -> None:
+def _take(connection: sa.Connection, bundle_id: str, bucket: str, key: str, sender: str) -> None:
     """Make the task the owner of a row that `_can_take_over` has locked."""
     there = sa.and_(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
     # A late request of another process for the same task has the same content, but may arrive after a deletion.
-    late = sa.and_(there, bundle_part.c.run.is_not(None), bundle_part.c.run != run)
+    late = sa.and_(there, bundle_part.c.sender.is_not(None), bundle_part.c.sender != sender)
     connection.execute(bundle_part.update().where(late).values(settle_time=now(SETTLE)))
-    connection.execute(bundle_part.update().where(there).values(bundle_id=bundle_id, state="sent", run=run))
+    connection.execute(bundle_part.update().where(there).values(bundle_id=bundle_id, state="sent", sender=sender))
 
 
 def claim_replaced(
-    connection: sa.Connection, bundle_id: str, keys: Collection[str], *, run: str, busy: Collection[str]
+    connection: sa.Connection, bundle_id: str, keys: Collection[str], *, sender: str, busy: Collection[str]
 ) -> None:
     """Claim the objects of a bundle that an unfinished task has replaced, so that they can be deleted.
 
@@ -174,8 +174,8 @@ def claim_replaced(
             connection.execute(bundle_part.insert(), unknown)
         elif row.bundle_id != bundle_id and row.state == "sent" and not _is_unfinished(connection, row.bundle_id):
             change = bundle_part.update().where(there)
-            connection.execute(change.values(bundle_id=bundle_id, state="unwanted", part=None, run=None))
-            if row.run is not None and (row.run != run or key in busy):
+            connection.execute(change.values(bundle_id=bundle_id, state="unwanted", part=None, sender=None))
+            if row.sender is not None and (row.sender != sender or key in busy):
                 delay(connection, bundle_id, [key])
 
 
@@ -191,22 +191,22 @@ def renounce(connection: sa.Connection, bundle_id: str) -> None:
 
 
 def claim_deletion(
-    connection: sa.Connection, bundle_id: str, *, run: str, deletion: str, unanswered: Collection[str]
+    connection: sa.Connection, bundle_id: str, *, sender: str, deletion: str, unanswered: Collection[str]
 ) -> Sequence[str]:
     """Claim every unwanted object of a task, and those that were deleted and may have come back; return their keys.
 
     Args:
         connection: Of a transaction that is committed before anything is deleted.
         bundle_id: The task.
-        run: This process.
+        sender: This process.
         deletion: A unique name of this attempt to delete.
         unanswered: Keys for which a request of this process has no response.
     """
     mine = bundle_part.c.bundle_id == bundle_id
     due = sa.and_(mine, sa.or_(_UNWANTED, sa.and_(_GONE, bundle_part.c.settle_time <= now())))
-    late = sa.and_(mine, _UNWANTED, bundle_part.c.run.is_not(None), bundle_part.c.run != run)
+    late = sa.and_(mine, _UNWANTED, bundle_part.c.sender.is_not(None), bundle_part.c.sender != sender)
     connection.execute(bundle_part.update().where(late).values(settle_time=now(SETTLE)))
-    connection.execute(bundle_part.update().where(due).values(state="unwanted", run=deletion))
+    connection.execute(bundle_part.update().where(due).values(state="unwanted", sender=deletion))
     delay(connection, bundle_id, unanswered)
     query = sa.select(bundle_part.c.key).where(mine, _UNWANTED).order_by(bundle_part.c.key)
     return connection.execute(query).scalars().all()
@@ -237,8 +237,8 @@ def end_deletion(
     late = {*connection.execute(waiting).scalars()}
     _each(connection, _IS_GONE, bundle_id, late.intersection(gone).difference(busy))
     _each(connection, _DELETE, bundle_id, set(gone).difference(late, busy))
-    ended = sa.and_(mine, _UNWANTED, bundle_part.c.run == deletion, bundle_part.c.key.not_in([*busy]))
-    connection.execute(bundle_part.update().where(ended).values(run=None))
+    ended = sa.and_(mine, _UNWANTED, bundle_part.c.sender == deletion, bundle_part.c.key.not_in([*busy]))
+    connection.execute(bundle_part.update().where(ended).values(sender=None))
 
 
 def delay(connection: sa.Connection, bundle_id: str, keys: Collection[str]) -> None:

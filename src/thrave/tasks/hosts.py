@@ -148,7 +148,7 @@ class HostRegistry:
     def list(self) -> Sequence[HostStatus]:
         """Return all hosts, sorted by name."""
         tasks = sa.select(sa.func.count()).where(bundle_task.c.host == host.c.host, task_in_progress)
-        is_started = bundle_task.c.attempts > 0
+        is_started = bundle_task.c.runs > 0
         reported = sa.select(sa.func.count()).where(instance.c.host == host.c.host)
         query = sa.select(
             host.c.host, host.c.state, host.c.version, host.c.worker_concurrency, host.c.start_time,
@@ -338,6 +338,6 @@ def _starts_tasks(connection: sa.Connection, name: str) -> bool:
 
 def _unfinished(connection: sa.Connection, name: str, *, include_waiting: bool = True) -> list[str]:
     """Return the ids of a host's unfinished tasks, oldest first; all of them, or only those that it has started."""
-    some = sa.true() if include_waiting else bundle_task.c.attempts > 0
+    some = sa.true() if include_waiting else bundle_task.c.runs > 0
     query = sa.select(bundle_task.c.bundle_id).where(bundle_task.c.host == name, task_in_progress, some)
     return [*connection.execute(query.order_by(bundle_task.c.start_time)).scalars()]

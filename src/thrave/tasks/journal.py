@@ -28,7 +28,9 @@ _OBJECT = sa.and_(
     bundle_part.c.bucket == sa.bindparam("within"), bundle_part.c.key == sa.bindparam("named"),
     bundle_part.c.bundle_id == sa.bindparam("of"),
 )  # fmt: skip
-_SET_STORED = bundle_part.update().where(_OBJECT).values(size=sa.bindparam("bytes"), etag=sa.bindparam("md5"), run=None)
+_SET_STORED = (
+    bundle_part.update().where(_OBJECT).values(size=sa.bindparam("bytes"), etag=sa.bindparam("md5"), sender=None)
+)
 _SET_CHECKPOINT = (
     bundle_task.update()
     .where(bundle_task.c.bundle_id == sa.bindparam("of"))
@@ -122,7 +124,7 @@ class UploadJournal:
         self._lease = lease
         self.bundle_id = bundle_id
         self._context = f"{bundle_id} secrets"
-        self._run = claims.THIS_PROCESS
+        self._sender = claims.THIS_PROCESS
         self._deletion = ""
 
     def start_sealing(self, bundle_key: BundleKey, series: str = "") -> None:
@@ -172,14 +174,14 @@ class UploadJournal:
         """
         with self._stored_transaction(stored) as connection:
             claims.claim(
-                connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy_keys(self._bucket), part=part
+                connection, self.bundle_id, key, sender=self._sender, busy=IN_FLIGHT.busy_keys(self._bucket), part=part
             )
 
     def check_free(self, key: str) -> None:
         """Check that an object could be claimed now. Raises ObjectInUseError."""
         bucket = self._bucket  # read before the transaction: a thread must not wait for a second connection
         with self._engine.connect() as connection:
-            claims.check_free(connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy_keys(bucket))
+            claims.check_free(connection, self.bundle_id, key, sender=self._sender, busy=IN_FLIGHT.busy_keys(bucket))
 
     def record_stored(self, stored: StoredBatch) -> None:
         """Record what was stored."""
@@ -218,7 +220,7 @@ class UploadJournal:
         with self._transaction() as connection:
             if earlier is not None and earlier.is_replaced:
                 claims.claim_replaced(
-                    connection, self.bundle_id, earlier.keys, run=self._run, busy=IN_FLIGHT.busy_keys(bucket)
+                    connection, self.bundle_id, earlier.keys, sender=self._sender, busy=IN_FLIGHT.busy_keys(bucket)
                 )
             connection.execute(self._task().values(earlier=document))
 
@@ -252,7 +254,7 @@ class UploadJournal:
                 connection.execute(self._task().values(encrypted_bundle_key=None, checkpoint=None))
             self._deletion = random_hex(8)
             return claims.claim_deletion(
-                connection, self.bundle_id, run=self._run, deletion=self._deletion, unanswered=unanswered
+                connection, self.bundle_id, sender=self._sender, deletion=self._deletion, unanswered=unanswered
             )
 
     def end_deletion(

@@ -1,7 +1,7 @@
 """The right to write a bundle task. `HostLease` checks it in the database, `LeaseTimer` by a clock of this machine.
 
 An agent acquires a new lease of its host when it starts; adoption replaces the lease. Each run of a task has a number
-(`bundle_task.attempts`), which the next run increments. Every transaction on a task has both in its condition.
+(`bundle_task.runs`), which the next run increments. Every transaction on a task has both in its condition.
 
 Another host may adopt the tasks after `heartbeat_timeout` seconds without a heartbeat. A process without a connection
 to the database cannot read that. So each attempt of a call to the store or the hypervisor must end before the lease.
@@ -63,7 +63,7 @@ class HostLease:
         The task belongs to this host, or has ended on a host that is lost.
         """
         of_host = sa.or_(bundle_task.c.host == self.host, sa.and_(sa.not_(task_in_progress), hostless))
-        run = bundle_task.c.attempts == self.run[1] if self.run and self.run[0] == bundle_id else sa.true()
+        run = bundle_task.c.runs == self.run[1] if self.run and self.run[0] == bundle_id else sa.true()
         return sa.and_(bundle_task.c.bundle_id == bundle_id, of_host, run, sa.exists().where(self.is_held))
 
     def lock_task(self, connection: sa.Connection, bundle_id: str) -> None:
@@ -73,7 +73,7 @@ class HostLease:
             rows = sa.select(bundle_task.c.bundle_id).where(allowed).with_for_update(of=bundle_task)
             is_mine = connection.execute(rows).first() is not None
         else:  # SQLite has no row locks: an update without effect locks the database
-            unchanged = bundle_task.update().where(allowed).values(attempts=bundle_task.c.attempts)
+            unchanged = bundle_task.update().where(allowed).values(runs=bundle_task.c.runs)
             is_mine = connection.execute(unchanged).rowcount == 1
         if not is_mine:
             self.raise_lost(connection, bundle_id)

@@ -270,7 +270,7 @@ class BundleTask:
     """Warnings for the owner of a task that continued."""
     volume_size: int | None
     """Bytes of the root volume; None until it has been opened."""
-    attempts: int
+    runs: int
     """Number of runs: one, and one more after each crash. Also the number of the last run."""
 
 

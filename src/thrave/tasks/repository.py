@@ -204,14 +204,14 @@ class TaskRepository:
         connection.execute(bundle_task.insert(), row)
         connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState.PENDING))
 
-    def record_attempt(self, bundle_id: str) -> int | None:
+    def start_run(self, bundle_id: str) -> int | None:
         """Record another run of a task, which replaces earlier ones; return its number, None if the task has ended."""
-        attempts = sa.select(bundle_task.c.attempts).where(bundle_task.c.bundle_id == bundle_id)
+        runs = sa.select(bundle_task.c.runs).where(bundle_task.c.bundle_id == bundle_id)
         with self._engine.begin() as connection:
-            if not self._update_in(connection, bundle_id, task_in_progress, attempts=bundle_task.c.attempts + 1):
+            if not self._update_in(connection, bundle_id, task_in_progress, runs=bundle_task.c.runs + 1):
                 return None
-            run: int = connection.execute(attempts).scalar_one()
-            return run
+            run_number: int = connection.execute(runs).scalar_one()
+            return run_number
 
     def change_state(self, bundle_id: str, state: BundleTaskState) -> bool:
         """Change the state of a task if the table allows it; return whether the task is in `state` now.

@@ -116,13 +116,13 @@ class TaskContext:
 class BundleWorkflow:
     """One run of one bundle task."""
 
-    def __init__(self, context: TaskContext, task: BundleTask, attempt: int) -> None:
-        """Run a task, for the first time or after a crash. An attempt writes nothing once a later one has started."""
+    def __init__(self, context: TaskContext, task: BundleTask, run_number: int) -> None:
+        """Run a task, for the first time or after a crash. A run writes nothing once a later run has started."""
         self._context = context
         self._settings = context.settings
         self._task = task
-        self._attempt = attempt
-        self._repository = repository = context.repository.for_run(task.bundle_id, attempt)
+        self._run_number = run_number
+        self._repository = repository = context.repository.for_run(task.bundle_id, run_number)
         self._power = InstancePower(
             context.driver,
             repository,
@@ -158,7 +158,7 @@ class BundleWorkflow:
         """Run the step that the task's row names, then the next one, until the task has ended.
 
         Raises:
-            RightLostError: Another attempt or another host has the task; nothing more may be done for it.
+            RightLostError: A later run or another host has the task; nothing more may be done for it.
         """
         while (task := self._read_unfinished()) is not None:
             self._task, step = task, task.next_step
@@ -298,7 +298,7 @@ class BundleWorkflow:
 
         Raises:
             TaskFailure: The step failed with a permanent error.
-            RightLostError: The task belongs to another attempt or host.
+            RightLostError: The task belongs to a later run or another host.
         """
         work = self._steps[step]
         try:
@@ -376,7 +376,7 @@ class BundleWorkflow:
             self._repository,
             self._task.bundle_id,
             stall_timeout=self._settings.stall_timeout,
-            is_ours=lambda task: (task.host, task.attempts) == (context.host, self._attempt),
+            is_ours=lambda task: (task.host, task.runs) == (context.host, self._run_number),
             lease_timer=context.lease_timer,
         ) as monitor:
             yield monitor
@@ -492,7 +492,7 @@ def run_bundle_task(context: TaskContext, bundle_id: str) -> None:
             log.warning("task is running already, second run ignored", bundle_id=bundle_id)
             return
         try:
-            _run_attempt(context, bundle_id)
+            _run_once(context, bundle_id)
         except RightLostError as error:
             log.warning("run of a task ended", bundle_id=bundle_id, error=str(error))
         except Exception:
@@ -500,12 +500,12 @@ def run_bundle_task(context: TaskContext, bundle_id: str) -> None:
             raise
 
 
-def _run_attempt(context: TaskContext, bundle_id: str) -> None:
+def _run_once(context: TaskContext, bundle_id: str) -> None:
     task = retry_database(lambda: context.repository.get(bundle_id))
     if task is None or task.host != context.host:
         return
     if task.state is BundleTaskState.FAILED:  # it was cancelled before it started
         retry_database(lambda: context.created_buckets.remove_of(context.store, task))
-    attempt = retry_database(lambda: context.repository.record_attempt(bundle_id))
-    if attempt is not None:
-        BundleWorkflow(context, task, attempt).run()
+    run_number = retry_database(lambda: context.repository.start_run(bundle_id))
+    if run_number is not None:
+        BundleWorkflow(context, task, run_number).run()

@@ -171,7 +171,7 @@ class Chaos:
             self._await(lambda: all(task.state in FINISHED for task in records.find()), "every task ends")
             tasks = {task.bundle_id: task for task in records.find()}
         self.outcome.ended = Counter(task.error_code or str(task.state) for task in tasks.values())
-        self.outcome.attempts = sum(task.attempts for task in tasks.values())
+        self.outcome.attempts = sum(task.runs for task in tasks.values())
         assert self.answered <= set(tasks), "a task was lost"
         assert len(tasks) - len(self.answered) <= self.outcome.cut_off, "a request has created two tasks"
         assert set(self.outcome.ended) <= {"complete", "Client.Cancelled"}, self.outcome.ended

@@ -59,7 +59,7 @@ def upgrade() -> None:
         sa.Column('error_message', sa.Text()),
         sa.Column('warning', sa.Text()),
         sa.Column('volume_size', sa.BigInteger()),
-        sa.Column('attempts', sa.Integer(), server_default='0', nullable=False),
+        sa.Column('runs', sa.Integer(), server_default='0', nullable=False),
         sa.PrimaryKeyConstraint('bundle_id'),
     )
     op.create_index('bundle_task_by_account', 'bundle_task', ['account_id', 'start_time'])
@@ -126,7 +126,7 @@ def upgrade() -> None:
         sa.Column('key', sa.String(length=1024), nullable=False),
         sa.Column('bundle_id', sa.String(length=32), nullable=False),
         sa.Column('state', sa.String(length=8), nullable=False),
-        sa.Column('run', sa.String(length=16)),
+        sa.Column('sender', sa.String(length=16)),
         sa.Column('settle_time', sa.DateTime()),
         sa.Column('size', sa.BigInteger()),
         sa.Column('etag', sa.String(length=64)),
