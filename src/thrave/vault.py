@@ -100,7 +100,9 @@ class Vault:
         """
         version, nonce, ciphertext = token[:1], token[1 : 1 + _NONCE_BYTES], token[1 + _NONCE_BYTES :]
         if version != _VERSION or len(nonce) != _NONCE_BYTES:
-            raise DecryptError(f"The encrypted secret of {context} has an unknown form. Did a newer version write it?")
+            raise DecryptError(
+                f"The encrypted secret of {context} has an unknown format. A newer version may have written it."
+            )
         try:
             return self._cipher.decrypt(nonce, ciphertext, _VERSION + context.encode())
         except InvalidTag:

@@ -114,7 +114,7 @@ def test_request_for_bucket_of_another_account_is_rejected(service):
 def test_key_unknown_to_the_store_is_rejected_with_advice(service):
     policy, _ = v2(service, service.store.acl)
     signature = signed_v2(base64.b64encode(policy).decode(), service.own_key.secret_access_key)
-    with pytest.raises(ClientError, match=r"InvalidParameterValue.*does not let.*thrave account key import"):
+    with pytest.raises(ClientError, match=r"InvalidParameterValue.*does not allow.*thrave account key import"):
         service.bundle(policy, signature, service.own_key)
 
 

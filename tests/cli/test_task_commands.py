@@ -86,7 +86,7 @@ def test_task_list_shows_stored_parts_of_complete_task(thrave, thrave_json, serv
     assert task["storedParts"] == len(files) - 2
     assert task["volumeSize"] == 30 * MIB
     header, *rows = thrave("task", "list")[1].splitlines()
-    assert header.split() == ["TASK", "STATE", "PROGRESS", "INSTANCE", "HOST", "AGE", "BUNDLED", "REASON"]
+    assert header.split() == ["TASK", "STATE", "PROGRESS", "INSTANCE", "HOST", "AGE", "STORED", "ERROR/WARNING"]
     assert any(row.startswith(f"{complete}  complete ") for row in rows)
 
 

@@ -81,7 +81,7 @@ def test_open_volume_with_wrong_passphrase_names_the_reason(raw, image_format, s
     image = encrypted(raw, image_format, secret_file)
     secret_file.write_text(passphrase)
     said = refused(image, image_format, secret_file)
-    assert f"the content of {secret_file} does not open it; every byte counts" in said
+    assert f"the passphrase in {secret_file} does not decrypt it. Each byte of the file is used" in said
 
 
 @pytest.mark.parametrize("what", [b"", b"\xff\xfe"])

@@ -132,7 +132,7 @@ def create_key(settings: Settings, account_id: str, output: str) -> None:
     print_new_secret(output, document)
 
 
-@key.command("import")
+@key.command("import", short_help="Import an access key of the object store for an account.")
 @click.argument("account_id", metavar="ACCOUNT")
 @click.option(
     "--credentials",

@@ -127,7 +127,9 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.command()
 @click.argument("image", type=_IMAGE)
 @click.option("--prefix", required=True, help="Name of the image and first part of all file names.")
-@click.option("--any-name", is_flag=True, help="Accept a prefix that some old tools cannot open.")
+@click.option(
+    "--any-name", is_flag=True, help="Allow other characters in --prefix; some old tools cannot open such a bundle."
+)
 @click.option(
     "--to", "folder", type=_FOLDER, required=True, metavar="DIR", help="Folder for the bundle; created if needed."
 )
@@ -203,12 +205,12 @@ def bundle(
 ) -> None:
     """Seal the disk image IMAGE into a bundle, without a server.
 
-    No program may write to the image meanwhile. An image that a QEMU guest uses is refused, and QEMU cannot start a
-    guest on the image. Holes of the image stay holes. The manifest is written last: if it exists, the bundle is
-    complete. If the command fails, or the image has changed, the written files are removed. An image is refused if its
-    metadata says that it is not a whole disk, or if it refers to a file outside its own folder and every --image-dir.
-    With --skip-unused a disk is refused if it is not certain which clusters NTFS uses: Windows must have been shut
-    down fully.
+    No program may write to the image while the command runs. An image that a QEMU guest uses is refused, and QEMU
+    cannot start a guest on the image. Sparse ranges are not stored. The manifest is written last: if it exists, the
+    bundle is complete. If the command fails, or the image has changed, the written files are removed. An image is
+    refused if its metadata says that it is not a whole disk, or if it refers to a file outside its own folder and every
+    --image-dir. With --skip-unused a disk is refused if it is not certain which clusters NTFS uses: Windows must have
+    been shut down fully.
 
     The prefix consists of letters, digits, dots, dashes and underscores, as for BundleInstance, because old tools pass
     it to a shell. With --any-name other characters are accepted.
@@ -218,8 +220,8 @@ def bundle(
       thrave bundle disk.raw --prefix winami --to bundles --account 123456789012
           --user-certificate cert.pem --service-certificate ec2.pem --signing-key pk.pem
 
-    Exit codes: 0 done, 1 the image cannot be read or the folder not written, 2 wrong command line, 3 a file does not
-    exist, 4 the bundle exists already, 12 a required package is not installed.
+    Exit codes: 0 done, 1 the image cannot be read or the folder cannot be written, 2 wrong command line, 3 a file does
+    not exist, 4 the bundle exists already, 12 a required package is not installed.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 

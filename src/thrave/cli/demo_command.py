@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from thrave.demo.tour import Task, TourResult
 
 
-@click.command()
+@click.command(short_help="Bundle a demo instance, open the bundle and compare.")
 @click.option("--size", type=Size(), default="256MiB", show_default=True, help="The root disk's size.")
 @click.option(
     "-d", "--data-dir", type=DataFolder(), metavar="DIR", envvar="THRAVE_DATA_DIR", default="thrave-demo",

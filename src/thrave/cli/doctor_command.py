@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from thrave.doctor.checks import Finding
 
 
-@click.command()
+@click.command(short_help="Check what a bundle task needs: database, store and host.")
 @click.option(
     "--access-key-id",
     metavar="ID",

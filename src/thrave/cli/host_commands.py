@@ -30,7 +30,7 @@ _powered_off = click.option(
 )
 
 
-@click.group()
+@click.group(short_help="Manage the hosts of a fleet: drain, adopt, retire.")
 def host() -> None:
     """Manage the hosts of a fleet: drain, adopt the tasks of a lost host, retire.
 
@@ -96,7 +96,7 @@ def show(settings: Settings, name: str, output: str) -> None:
     print_result(output, {**_document(found), "tasks": [task_document(task) for task in tasks]}, text)
 
 
-@host.command()
+@host.command(short_help="Let a host finish its tasks and start no other.")
 @_name
 @settings_option
 @output_option
@@ -139,24 +139,24 @@ def activate(settings: Settings, name: str, output: str) -> None:
 
 
 @host.command()
-@click.argument("lost", metavar="LOST")
-@click.option("--by", "name", metavar="HOST", required=True, help="Host that resumes the tasks.")
+@click.argument("lost", metavar="HOST")
+@click.option("--by", "name", metavar="OTHER_HOST", required=True, help="Host that resumes the tasks.")
 @_powered_off
 @settings_option
 @output_option
 def adopt(settings: Settings, lost: str, *, name: str, powered_off: bool, output: str) -> None:
-    """Let another host resume the tasks of the host LOST. It must have access to the storage of LOST.
+    """Let OTHER_HOST resume the tasks of the lost host HOST. It must have access to the storage of HOST.
 
-    The instances of LOST then belong to this host. The agent of LOST can no longer write to the database: if it still
-    runs, it exits at its next write. First make sure that LOST runs no guest on the shared storage.
+    The instances of HOST then belong to OTHER_HOST. The agent of HOST can no longer write to the database: if it still
+    runs, it exits at its next write. First make sure that HOST runs no guest on the shared storage.
 
     \b
     Example:
       thrave host adopt kvm-17 --by kvm-18
 
-    The other host must be active and send heartbeats. Tasks can also go back to the host that they were adopted from.
+    OTHER_HOST must be active and send heartbeats. Tasks can also go back to the host that they were adopted from.
 
-    Exit codes: 0 done, 3 unknown host, 4 LOST sends heartbeats, or the other host cannot adopt.
+    Exit codes: 0 done, 3 unknown host, 4 HOST sends heartbeats, or OTHER_HOST cannot adopt.
     """
     with _open_components(settings) as components:
         tasks = components.hosts.adopt(lost, by=name, powered_off=powered_off)

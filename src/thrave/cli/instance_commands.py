@@ -259,7 +259,7 @@ def start(settings: Settings, instance_id: str, output: str) -> None:
     print_instance(instances.get(instance_id), output)
 
 
-@instance.command()
+@instance.command(short_help="Ask an instance to power off, and wait until it is off.")
 @click.argument("instance_id", metavar="INSTANCE")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for the guest to power off.")
 @settings_option
@@ -281,7 +281,7 @@ def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> N
     print_instance(instances.get(instance_id), output)
 
 
-@instance.command()
+@instance.command(short_help="Register a libvirt domain as an instance of an account.")
 @click.argument("domain", metavar="DOMAIN")
 @_account_option
 @click.option(
@@ -335,7 +335,7 @@ def adopt(
     print_instance(adopted, output, _image_warnings(settings, instances, adopted))
 
 
-@instance.command()
+@instance.command(short_help="Remove a libvirt domain from its account.")
 @_of_instance
 def disown(settings: Settings, instance_id: str, output: str) -> None:
     """Remove the libvirt domain with the instance id INSTANCE from its account. Domain and disks do not change.

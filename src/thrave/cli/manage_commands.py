@@ -89,7 +89,7 @@ def parse_destination(address: str) -> Destination:
     return Destination(writable_folder(address), None)
 
 
-@click.command()
+@click.command(short_help="Copy a bundle to another folder or bucket.")
 @click.argument("location", type=LOCATION, metavar="LOCATION")
 @click.argument("to", type=Address(parse_destination), metavar="FOLDER")
 @certificate_option
@@ -219,7 +219,7 @@ def _copy_report(verified: VerifiedManifest) -> VerifyResult:
 _BATCH_SIZE = 1000  # files; S3's limit for one request
 
 
-@click.command()
+@click.command(short_help="Remove a bundle: its manifest, parts and side file.")
 @click.argument("location", type=WRITABLE_LOCATION)
 @certificate_option
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")

@@ -100,7 +100,7 @@ class Percent(click.ParamType[float]):
         return float(match[1])
 
 
-@click.command("open")
+@click.command("open", short_help="Open a bundle, made by any tool, and write its image.")
 @click.argument("location", type=LOCATION)
 @click.option("--key", type=PRIVATE_KEY, required=True, help="Private key (PEM, RSA) of the account or the service.")
 @certificate_option

@@ -38,7 +38,7 @@ CONFIG = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Run EC2 API and worker on one machine, in one process.")
 @DATA_DIR
 @LISTEN_ADDRESS
 @LISTEN_PORT
@@ -104,7 +104,7 @@ def api(
     _end()
 
 
-@click.command()
+@click.command(short_help="Run the agent of a host, which runs its bundle tasks.")
 @click.option("--host-id", help="ID of this hypervisor host. Required unless the setting host_id is set.")
 @DATA_DIR
 @CONFIG

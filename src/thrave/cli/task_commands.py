@@ -92,11 +92,11 @@ def list_(
 
 
 @task.command()
-@click.argument("bundle_id", metavar="BUN")
+@click.argument("bundle_id", metavar="TASK_ID")
 @settings_option
 @output_option
 def show(settings: Settings, bundle_id: str, output: str) -> None:
-    """Show everything about the task with the id BUN.
+    """Show everything about the task with the id TASK_ID.
 
     States with their times, stored parts, rate and runs. For a failed task also the reason, what to do, and objects
     that could not be removed from the bucket.
@@ -115,12 +115,12 @@ def show(settings: Settings, bundle_id: str, output: str) -> None:
     print_result(output, details_document(details), details_text(details))
 
 
-@task.command()
-@click.argument("bundle_ids", metavar="[BUN]...", nargs=-1)
+@task.command(short_help="Watch tasks until they end.")
+@click.argument("bundle_ids", metavar="[TASK_ID]...", nargs=-1)
 @settings_option
 @output_option
 def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
-    """Watch tasks until they end: those with the ids BUN, or all unfinished tasks.
+    """Watch tasks until they end: those with the ids TASK_ID, or all unfinished tasks.
 
     Progress goes to stderr: bars on a terminal, otherwise a line for each change of state and each 10 %. The results
     are printed at the end. Ctrl-C ends the watch, not the tasks.
@@ -142,12 +142,12 @@ def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
     sys.exit(_worst_exit(ended))
 
 
-@task.command()
-@click.argument("bundle_ids", metavar="BUN...", nargs=-1, required=True)
+@task.command(short_help="Cancel tasks, as CancelBundleTask does for their owners.")
+@click.argument("bundle_ids", metavar="TASK_ID...", nargs=-1, required=True)
 @settings_option
 @output_option
 def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
-    """Cancel the tasks with the ids BUN, as CancelBundleTask does for their owners.
+    """Cancel the tasks with the ids TASK_ID, as CancelBundleTask does for their owners.
 
     The host deletes the stored objects and starts the instance again. The task then ends as failed, with
     Client.Cancelled. A task that has not begun ends at once.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from thrave.tasks.models import BundleTask, TaskEvent
     from thrave.tasks.queries import StateDuration, TaskQueries, TaskReport
 
-_HEADER = ("TASK", "STATE", "PROGRESS", "INSTANCE", "HOST", "AGE", "BUNDLED", "REASON")
+_HEADER = ("TASK", "STATE", "PROGRESS", "INSTANCE", "HOST", "AGE", "STORED", "ERROR/WARNING")
 _MAX_KEYS_SHOWN = 20
 _POLL_INTERVAL = 0.5  # seconds
 _RATE_WINDOW = 5.0  # seconds

@@ -64,7 +64,7 @@ def create(settings: Settings, account_id: str, user_name: str, output: str) -> 
     print_result(output, {**document}, f"created {new.arn}")
 
 
-@user.command("list")
+@user.command("list", short_help="List users with their policies and access keys.")
 @_account
 @settings_option
 @output_option
@@ -122,7 +122,7 @@ def policy() -> None:
     """
 
 
-@policy.command("put")
+@policy.command("put", short_help="Store a policy for a user; replaces one of that name.")
 @_of_user
 @_policy
 @click.argument("file", type=click.File("rb"), metavar="FILE")

@@ -197,11 +197,11 @@ def _check_known_problems(backend: Ec2Backend, instance: Instance) -> None:
     """
     problem = backend.find_volume_problem(instance)
     if problem is not None:
-        reason = f"{problem}; the operator: thrave doctor"
+        reason = f"{problem}. The operator can run `thrave doctor`"
         raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, change="bundled", reason=reason)
     problem = backend.health.error(STORE)
     if problem is not None:
-        raise EC2Error("Unavailable", reason=f"{problem} (the operator: thrave doctor)")
+        raise EC2Error("Unavailable", reason=f"{problem.rstrip('.')}. The operator can run `thrave doctor`.")
 
 
 def _create_task(backend: Ec2Backend, request: BundleRequest) -> Result:
@@ -301,9 +301,9 @@ def check_upload_policy(backend: Ec2Backend, caller: Caller, storage: S3Storage)
     owner = replace(caller, account_id=signer.account_id, access_key_id=signer.access_key_id, user=signer.user)
     # One part stands for all parts.
     for ending in (".part.0", ".manifest.xml", ".manifest.json"):
-        arn = f"arn:aws:s3:::{storage.bucket}/{storage.prefix}{ending}"
-        if not backend.is_allowed(owner, "s3:PutObject", arn):
-            message = "Value for UploadPolicy is invalid. Its signer may not s3:PutObject."
+        location = f"{storage.bucket}/{storage.prefix}{ending}"
+        if not backend.is_allowed(owner, "s3:PutObject", f"arn:aws:s3:::{location}"):
+            message = f"Value for UploadPolicy is invalid. Its signer has no permission s3:PutObject on {location}."
             raise EC2Error("InvalidParameterValue", message)
     return signer.account_id, policy
 
@@ -379,14 +379,16 @@ def _store_error(error: BucketError, storage: S3Storage) -> EC2Error:
         )
     if error.kind is Kind.KEY and error.access_key_id in (None, storage.access_key_id):
         message = (  # stores return the same error for an unknown key and for a key without the permission
-            f"Value ({storage.bucket}) for parameter Bucket is invalid. The store does not let the access key "
-            f"{storage.access_key_id} use the bucket, or create it: {error}. Sign the upload policy with a key that "
-            "the store knows (the operator: thrave account key import), of a user who may; or have the bucket created."
+            f"Value ({storage.bucket}) for parameter Bucket is invalid. The store does not allow the access key "
+            f"{storage.access_key_id} to use or create the bucket: {error}. Sign the policy with a key that exists in "
+            "the store and may use the bucket (operator: `thrave account key import`), or ask the owner to create the "
+            "bucket."
         )
         return EC2Error("InvalidParameterValue", message)
-    refused = "The store refuses the service's own access key" if error.kind is Kind.KEY else "The store refuses"
+    client = " for the service's own access key" if error.kind is Kind.KEY else ""
     remedy = "See the setting s3_credentials_file. " if error.kind is Kind.KEY else ""
-    return EC2Error(
-        "InaccessibleStorageLocation",
-        f"{refused} for the bucket '{storage.bucket}': {error}. The operator: {remedy}{error.remedy} (thrave doctor)",
+    message = (
+        f"The store refuses access to the bucket '{storage.bucket}'{client}: {error}. "
+        f"For the operator: {remedy}{error.remedy} Run `thrave doctor` for details."
     )
+    return EC2Error("InaccessibleStorageLocation", message)

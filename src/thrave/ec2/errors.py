@@ -273,11 +273,17 @@ _INSTANCE_ERRORS: Mapping[type[Exception], tuple[str, str]] = {
     InstanceNotFound: ("InvalidInstanceID.NotFound", ""),
     InstanceLocked: ("IncorrectInstanceState", "its volume is being read or it is being started; try again later"),
     IncorrectInstanceState: ("IncorrectInstanceState", "its state does not allow it"),
-    InvalidDescriptionError: ("IncorrectInstanceState", "its description is not valid; the operator: see the log"),
-    InstanceCommandFailed: ("Unavailable", "a command of the instance {instance_id} fails; the operator: see the log"),
+    InvalidDescriptionError: (
+        "IncorrectInstanceState",
+        "its description is not valid. The log of the service has the reason",
+    ),
+    InstanceCommandFailed: (
+        "Unavailable",
+        "a command of the instance {instance_id} fails. The log of the service has the reason",
+    ),
     HypervisorError: ("Unavailable", "the hypervisor does not answer, or refuses"),
-    InstanceError: ("IncorrectInstanceState", "the hypervisor refuses; the operator: see the log"),
-    VolumeError: ("IncorrectInstanceState", "its volume cannot be read; the operator: thrave doctor"),
+    InstanceError: ("IncorrectInstanceState", "the hypervisor refuses the call. The log of the service has the reason"),
+    VolumeError: ("IncorrectInstanceState", "its volume cannot be read. The operator can run `thrave doctor`"),
 }
 
 

@@ -390,7 +390,7 @@ def _run_qemu_img(
 
     def check_interruption(_seconds: float) -> None:
         if interruption.is_requested:
-            raise VolumeUnreadableError(layer.path, "its reading was interrupted")
+            raise VolumeUnreadableError(layer.path, "reading was interrupted")
 
     try:
         return programs.run(
@@ -412,7 +412,8 @@ def _error_from(layer: Layer, finished: programs.FinishedProgram, secret_file: P
     if "Invalid password" in finished.error_text:
         return VolumeEncryptedError(
             layer.path,
-            f"the content of {secret_file} does not open it; every byte counts, also a newline at the end",
+            f"the passphrase in {secret_file} does not decrypt it. Each byte of the file is used, "
+            "also a newline at the end",
             files=(secret_file or "",),
         )
     lines = (finished.error_text or finished.text).strip().splitlines() or [f"qemu-img ended with {finished.status}"]

@@ -59,7 +59,7 @@ class ImageLocks:
         """
         self._files.append(file)
         if self._is_released:  # by `Interruption`, from another thread
-            raise VolumeUnreadableError(file.path, "its reading was interrupted")
+            raise VolumeUnreadableError(file.path, "reading was interrupted")
         try:
             is_locked = _lock(file.fd)
         except OSError as error:

@@ -289,7 +289,7 @@ def _shake_hands(handle: Handle, interruption: Interruption) -> None:
     while not handle.aio_is_ready():
         handle.poll(_POLL_MILLISECONDS)
         if interruption.is_requested:
-            raise TimeoutError("its reading was interrupted")
+            raise TimeoutError("reading was interrupted")
         if monotonic() > deadline:
             raise TimeoutError(f"qemu-nbd did not answer within {START_TIMEOUT:.0f} seconds")
 
