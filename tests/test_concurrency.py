@@ -4,33 +4,33 @@ import threading
 
 import pytest
 
-from thrave.concurrency import Call, CallTimeoutError, NoThreadError, later, repeat, supervised
+from thrave.concurrency import Call, CallTimeoutError, NoThreadError, start_later, start_repeating, start_thread
 from thrave.tasks.errors import ErrorKind, kind_of
 
 TIMEOUT = 60  # seconds; no test waits so long unless it fails
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1), KeyboardInterrupt()])
-def test_supervised_passes_error_to_handler(error):
+def test_start_thread_passes_error_to_handler(error):
     failures = []
 
     def fail():
         raise error
 
-    supervised("job", fail, on_failure=failures.append).join(TIMEOUT)
+    start_thread("job", fail, on_failure=failures.append).join(TIMEOUT)
     assert failures == [error]
 
 
-def test_supervised_logs_error_of_handler(caplog):
+def test_start_thread_logs_error_of_handler(caplog):
     def fail(*_):
         raise ValueError("no")
 
-    supervised("job", fail, on_failure=fail).join(TIMEOUT)
+    start_thread("job", fail, on_failure=fail).join(TIMEOUT)
     assert "error handler of background job failed: job" in caplog.text
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1)])
-def test_repeat_continues_after_error_until_stopped(error, caplog):
+def test_start_repeating_continues_after_error_until_stopped(error, caplog):
     stop, done = threading.Event(), []
 
     def work():
@@ -39,18 +39,18 @@ def test_repeat_continues_after_error_until_stopped(error, caplog):
             stop.set()
         raise error
 
-    thread = repeat("job", 0, work, stop=stop)
+    thread = start_repeating("job", 0, work, stop=stop)
     thread.join(TIMEOUT)
     assert not thread.is_alive()
     assert done == [0, 1, 2]
     assert caplog.text.count("background job failed: job") == 3
 
 
-def test_later_runs_job_unless_cancelled():
+def test_start_later_runs_job_unless_cancelled():
     done = threading.Event()
-    cancel = later("never", TIMEOUT, lambda: pytest.fail("the cancelled job was run"))
+    cancel = start_later("never", TIMEOUT, lambda: pytest.fail("the cancelled job was run"))
     cancel()
-    later("soon", 0, done.set)
+    start_later("soon", 0, done.set)
     assert done.wait(TIMEOUT)
 
 
@@ -74,9 +74,9 @@ def test_call_result_can_be_requested_again_after_timeout():
 @pytest.mark.parametrize(
     "start",
     [
-        lambda: supervised("job", int, on_failure=print),
-        lambda: repeat("job", 1, int),
-        lambda: later("job", 1, int),
+        lambda: start_thread("job", int, on_failure=print),
+        lambda: start_repeating("job", 1, int),
+        lambda: start_later("job", 1, int),
         lambda: Call("job", int),
     ],
 )

@@ -16,7 +16,7 @@ from thrave.components import Components
 from thrave.compute.fleet import InstanceReporter
 from thrave.compute.power import BackgroundPower
 from thrave.compute.power_records import PowerRecords
-from thrave.concurrency import monotonic, new_event, repeat, sleep, supervised
+from thrave.concurrency import monotonic, new_event, sleep, start_repeating, start_thread
 from thrave.database import is_unavailable
 from thrave.tasks import housekeeping
 from thrave.tasks.created_buckets import CreatedBuckets
@@ -195,7 +195,7 @@ class Agent:
         if not self._takes_tasks and not self._draining:
             self._draining = True
             try:
-                supervised("drain", partial(self._drain, lease), on_failure=self._retry_drain)
+                start_thread("drain", partial(self._drain, lease), on_failure=self._retry_drain)
             except RuntimeError as error:  # no thread can be started
                 self._retry_drain(error)
 
@@ -265,7 +265,7 @@ class Agent:
         files.replace(directory.host_id, f"{self._settings.host_id}\n".encode(), spool=directory.root)
 
     def _start_job(self, name: str, interval: float, work: Callable[[], None]) -> None:
-        repeat(name, interval, work, on_failure=partial(_report, name))
+        start_repeating(name, interval, work, on_failure=partial(_report, name))
 
 
 def _report(job: str, error: BaseException) -> None:

@@ -41,7 +41,7 @@ class CallTimeoutError(Exception):
     """A call did not end within its timeout. It may still be running."""
 
 
-class Background(Protocol):
+class RunningThread(Protocol):
     """A thread started by this module."""
 
     def join(self, timeout: float) -> None:
@@ -67,7 +67,7 @@ class System:
     random_bytes = staticmethod(secrets.token_bytes)
     random_below = staticmethod(secrets.randbelow)
 
-    def start_thread(self, name: str, run: Callable[[], None]) -> Background:
+    def start_thread(self, name: str, run: Callable[[], None]) -> RunningThread:
         """Start a daemon thread. Raises RuntimeError if the operating system has no thread."""
         thread = threading.Thread(target=run, name=name, daemon=True)
         thread.start()
@@ -158,7 +158,7 @@ def random_below(limit: int) -> int:
     return _system.random_below(limit)
 
 
-def supervised(name: str, work: Callable[[], object], *, on_failure: OnFailure) -> Background:
+def start_thread(name: str, work: Callable[[], object], *, on_failure: OnFailure) -> RunningThread:
     """Start a thread that calls `work` once.
 
     Args:
@@ -178,7 +178,7 @@ def supervised(name: str, work: Callable[[], object], *, on_failure: OnFailure) 
         raise NoThreadError(errno.EAGAIN, "no thread can be started") from error
 
 
-def repeat(
+def start_repeating(
     name: str,
     interval: float,
     work: Callable[[], object],
@@ -186,7 +186,7 @@ def repeat(
     on_failure: OnFailure | None = None,
     stop: Event | None = None,
     at_once: bool = True,
-) -> Background:
+) -> RunningThread:
     """Start a thread that calls `work` at an interval, also after errors.
 
     Args:
@@ -211,10 +211,10 @@ def repeat(
             if ended.wait(interval):
                 return
 
-    return supervised(name, loop, on_failure=partial(_log_failure, name))
+    return start_thread(name, loop, on_failure=partial(_log_failure, name))
 
 
-def later(name: str, seconds: float, work: Callable[[], object]) -> Callable[[], None]:
+def start_later(name: str, seconds: float, work: Callable[[], object]) -> Callable[[], None]:
     """Start a thread that calls `work` after some seconds; return a function that cancels it.
 
     Raises:
@@ -226,7 +226,7 @@ def later(name: str, seconds: float, work: Callable[[], object]) -> Callable[[],
         if not cancelled.wait(seconds):
             work()
 
-    supervised(name, wait_and_work, on_failure=partial(_log_failure, name))
+    start_thread(name, wait_and_work, on_failure=partial(_log_failure, name))
     return cancelled.set
 
 
@@ -245,10 +245,10 @@ class Call(Generic[R]):
         self._work = work
         self._ended = new_event()
         self._lock = new_lock()
-        self._followers: list[Callable[[], object]] = []
+        self._callbacks: list[Callable[[], object]] = []
         self._results: list[R] = []
         self._failure: BaseException | None = None
-        supervised(name, self._call, on_failure=self._fail)
+        start_thread(name, self._call, on_failure=self._fail)
 
     @property
     def is_running(self) -> bool:
@@ -259,13 +259,13 @@ class Call(Generic[R]):
         """Wait at most `seconds` for the end of the call; return whether it has ended."""
         return self._ended.wait(seconds)
 
-    def when_ended(self, follow: Callable[[], object]) -> None:
-        """Call `follow` when the call has ended, in its thread; at once if it has ended already. Errors are logged."""
+    def add_done_callback(self, callback: Callable[[], object]) -> None:
+        """Call `callback` in the thread of the call when it has ended; at once if it has ended already. Logs errors."""
         with self._lock:
             if self.is_running:
-                self._followers.append(follow)
+                self._callbacks.append(callback)
                 return
-        _run("after a call", follow, partial(_log_failure, "after a call"))
+        _run("after a call", callback, partial(_log_failure, "after a call"))
 
     def result(self, timeout: float) -> R:
         """Return the result of the call.
@@ -294,8 +294,8 @@ class Call(Generic[R]):
     def _end(self) -> None:
         with self._lock:
             self._ended.set()
-        for follow in self._followers:
-            _run("after a call", follow, partial(_log_failure, "after a call"))
+        for callback in self._callbacks:
+            _run("after a call", callback, partial(_log_failure, "after a call"))
 
 
 def _run(name: str, work: Callable[[], object], on_failure: OnFailure) -> None:

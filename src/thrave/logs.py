@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from thrave.concurrency import later, monotonic, new_lock
+from thrave.concurrency import monotonic, new_lock, start_later
 
 INTERVAL = 60.0  # seconds for which repeated lines are counted
 MAX_KINDS = 50  # kinds of one event in an interval; further kinds are counted together
@@ -68,7 +68,7 @@ class Limiter:
             key = (event, kind if kind in kinds else None)
             self._repeated[key] = (self._repeated.get(key, (0, ""))[0] + 1, text)
             if self._cancel_report is None:
-                self._cancel_report = later("repeated log lines", self._interval, self.report)
+                self._cancel_report = start_later("repeated log lines", self._interval, self.report)
             return False
 
     def report(self) -> None:

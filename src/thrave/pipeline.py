@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Self, TypeVar
 
-from thrave.concurrency import Background, Condition, monotonic, new_condition, supervised
+from thrave.concurrency import Condition, RunningThread, monotonic, new_condition, start_thread
 
 STOP_TIMEOUT = 1.0
 """Seconds that all threads of a pipeline have to stop."""
@@ -77,8 +77,8 @@ class Pipeline:
 
     def __init__(self, workers: int) -> None:
         self._worker_count = workers
-        self._workers: list[Background] = []
-        self._threads: list[Background] = []
+        self._workers: list[RunningThread] = []
+        self._threads: list[RunningThread] = []
         self._closers: list[Callable[[], None]] = []
         self._stopped = False
         self._jobs: BoundedQueue[Callable[[], None]] = self.queue(sys.maxsize)
@@ -114,7 +114,9 @@ class Pipeline:
         """Iterate over `items` in a thread, at most `capacity` items ahead of the consumer."""
         queue: BoundedQueue[T | _End] = self.queue(capacity)
         # Errors of the items go through the queue. Close it if that fails, or the consumer would wait forever.
-        thread = supervised("bundle-stage", partial(_fill_queue, items, queue), on_failure=lambda _error: queue.close())
+        thread = start_thread(
+            "bundle-stage", partial(_fill_queue, items, queue), on_failure=lambda _error: queue.close()
+        )
         self._threads.append(thread)
         return _read_queue(queue)
 
@@ -125,7 +127,7 @@ class Pipeline:
         """
         while len(self._workers) < self._worker_count:
             run_jobs = partial(_run_jobs, self._jobs)
-            self._workers.append(supervised("bundle-worker", run_jobs, on_failure=lambda _error: self.stop()))
+            self._workers.append(start_thread("bundle-worker", run_jobs, on_failure=lambda _error: self.stop()))
         for job in self.prefetch((self._submit(partial(work, item)) for item in items), limit):
             yield self._wait_for_result(job)
 

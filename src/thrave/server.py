@@ -22,7 +22,7 @@ from thrave.components import Components, explain_database_errors, lock_data_dir
 from thrave.compute.base import InstanceInventory
 from thrave.compute.fleet import FleetInventory
 from thrave.compute.power import PowerControl
-from thrave.concurrency import supervised
+from thrave.concurrency import start_thread
 from thrave.config import Settings
 from thrave.database import TIMEOUT, DatabaseReplacedError
 from thrave.doctor.store_probe import MAX_AGE, StoreProbe
@@ -67,7 +67,7 @@ def serve(settings: Settings, on_listening: OnListening) -> None:
     app = create_app(replace(backend, find_volume_problem=volume_check.find_problem))
     with explain_database_errors(settings):
         agent.start(reports=False)
-    supervised("drained", lambda: _stop_when_drained(agent), on_failure=lambda _error: os._exit(1))
+    start_thread("drained", lambda: _stop_when_drained(agent), on_failure=lambda _error: os._exit(1))
     _serve_requests(http_server, app, on_listening, lock)
 
 

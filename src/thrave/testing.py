@@ -36,7 +36,7 @@ from thrave.components import open_components
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.instance import Instance, VolumeFile
-from thrave.concurrency import later, supervised, utc_now
+from thrave.concurrency import start_later, start_thread, utc_now
 from thrave.config import DataDirectory, Settings
 from thrave.identity.accounts import AccessKey, Account
 
@@ -96,12 +96,12 @@ class ThraveServer:
         finally:
             os.close(errors_of_server)
         kept: deque[str] = deque(maxlen=_KEPT_LINES)
-        forward = supervised(
+        forward = start_thread(
             "thrave-stderr",
             partial(_forward, errors, os.dup(2), kept),
             on_failure=lambda error: kept.append(f"{error}\n"),
         )
-        disarm = later("start limit", START_TIMEOUT, self.process.kill)
+        disarm = start_later("start limit", START_TIMEOUT, self.process.kill)
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         disarm()

@@ -13,7 +13,7 @@ from thrave.components import open_components
 from thrave.compute.base import Overlay
 from thrave.compute.instance import VolumeFile
 from thrave.compute.power_records import PowerAction, PowerRecords
-from thrave.concurrency import supervised
+from thrave.concurrency import start_thread
 from thrave.config import Settings
 from thrave.tasks.errors import TaskFailure
 from thrave.tasks.models import BundleRequest, HostState
@@ -82,9 +82,9 @@ def test_drain_without_thread_is_repeated(components, agent, lease, monkeypatch)
         if not refused:
             refused.append(True)
             raise RuntimeError("can't start new thread")
-        return supervised(*args, **options)
+        return start_thread(*args, **options)
 
-    monkeypatch.setattr("thrave.agent.supervised", refuse_at_first)
+    monkeypatch.setattr("thrave.agent.start_thread", refuse_at_first)
     assert state_after_drain(components, agent, lease) is HostState.DRAINED
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from thrave.concurrency import NoThreadError, supervised
+from thrave.concurrency import NoThreadError, start_thread
 from thrave.tasks import housekeeping
 from thrave.tasks.housekeeping import PowerRecovery
 from thrave.tasks.lease import LeaseExpiredError, RightLostError
@@ -69,11 +69,11 @@ def test_run_once_continues_if_no_thread_is_available(monkeypatch):
         if len(refused) < 2:
             refused.append(True)
             raise NoThreadError("no thread can be started")
-        return supervised(*args, **options)
+        return start_thread(*args, **options)
 
     records = SimpleNamespace(power_recoveries=lambda _host: TASKS, moved_power_recoveries=lambda _host: [])
     power_recovery = PowerRecovery(records, None, "host-a")
-    monkeypatch.setattr(housekeeping, "supervised", refuse_at_first)
+    monkeypatch.setattr(housekeeping, "start_thread", refuse_at_first)
     monkeypatch.setattr(power_recovery, "_recover", lambda task: recovered.append(task.instance_id))
     power_recovery.run_once()
     assert recovered == ["i-2"]

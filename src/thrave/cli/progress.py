@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from thrave.concurrency import monotonic, new_event, new_lock, supervised
+from thrave.concurrency import monotonic, new_event, new_lock, start_thread
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -84,7 +84,7 @@ class ProgressBar:
                 self.update(get_progress() * self._total)
 
         # An error in `get_progress` stops only the bar, not the work.
-        thread = supervised("progress", follow, on_failure=lambda _error: None)
+        thread = start_thread("progress", follow, on_failure=lambda _error: None)
         try:
             yield
             self.update(get_progress() * self._total)

@@ -22,7 +22,7 @@ from thrave.compute.errors import (
 from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
 from thrave.compute.timeouts import RunningTime, is_busy
-from thrave.concurrency import Event, Lock, monotonic, new_event, new_lock, sleep, supervised
+from thrave.concurrency import Event, Lock, monotonic, new_event, new_lock, sleep, start_thread
 from thrave.write_guard import command_guard
 
 SHUTDOWN_REQUEST_INTERVAL = 5.0  # seconds; a guest that is booting ignores a request to power off
@@ -214,7 +214,7 @@ class BackgroundPower:
                 return
             self._wake_events[instance_id] = wake_event = new_event()
         try:
-            supervised(
+            start_thread(
                 f"power {instance_id}",
                 lambda: self._run(instance_id, wake_event),
                 on_failure=lambda error: self._handle_failure(instance_id, error),

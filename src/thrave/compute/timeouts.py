@@ -107,7 +107,7 @@ def _decorate(
 def _keep_busy(instance_id: str, call: Call[_Result]) -> None:
     with _lock:
         _abandoned[instance_id] += 1
-    call.when_ended(lambda: _release(instance_id))
+    call.add_done_callback(lambda: _release(instance_id))
 
 
 def _release(instance_id: str) -> None:

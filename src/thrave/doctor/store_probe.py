@@ -4,7 +4,7 @@ from functools import partial
 
 import structlog
 
-from thrave.concurrency import Call, CallTimeoutError, monotonic, repeat
+from thrave.concurrency import Call, CallTimeoutError, monotonic, start_repeating
 from thrave.config import Settings
 from thrave.doctor.check_context import CheckContext
 from thrave.doctor.check_table import CHECKS
@@ -41,7 +41,7 @@ class StoreProbe:
 
     def start(self) -> None:
         """Run now, and then in a thread at the interval that the last result demands."""
-        repeat("store probe", BAD_INTERVAL, self.run_if_due)
+        start_repeating("store probe", BAD_INTERVAL, self.run_if_due)
 
     def run_if_due(self) -> None:
         """Run, unless the last result is good and younger than `GOOD_INTERVAL`."""

@@ -17,7 +17,7 @@ from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import InstanceLocked, InstanceNotFound
 from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.compute.power import STARTABLE_STATES, power_lock
-from thrave.concurrency import Background, NoThreadError, monotonic, supervised
+from thrave.concurrency import NoThreadError, RunningThread, monotonic, start_thread
 from thrave.retry import RetrySchedule
 from thrave.tasks.bundle_location import BundleLocation
 from thrave.tasks.errors import ErrorKind, TaskFailure, kind_of
@@ -101,12 +101,12 @@ class PowerRecovery:
             if self._merge_retries.is_due(task.bundle_id):
                 self._merge(task)
 
-    def _start_recovery(self, task: BundleTask) -> Background | None:
+    def _start_recovery(self, task: BundleTask) -> RunningThread | None:
         def fail(error: BaseException) -> None:
             log.error("power recovery failed", instance_id=task.instance_id, exc_info=error)
 
         try:
-            return supervised(f"recover {task.instance_id}", lambda: self._recover(task), on_failure=fail)
+            return start_thread(f"recover {task.instance_id}", lambda: self._recover(task), on_failure=fail)
         except NoThreadError as error:  # the next run tries again
             fail(error)
             return None

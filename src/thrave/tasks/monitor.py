@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 import structlog
 
 from thrave.compute.errors import HoldLostError, InstanceError, InstanceNotFound, RootVolumeInUse
-from thrave.concurrency import Background, Call, monotonic, new_event, new_lock, repeat, supervised
+from thrave.concurrency import Call, RunningThread, monotonic, new_event, new_lock, start_repeating, start_thread
 from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, may_pass, to_task_failure
 from thrave.tasks.lease import LeaseExpiredError, LeaseTimer, RightLostError
 from thrave.tasks.models import FINISHED, BundleTask, BundleTaskState
@@ -64,7 +64,7 @@ class TaskMonitor:
         self._lock = new_lock()
         self._reason: Exception | None = None
         self._ended = new_event()
-        self._threads: list[Background] = []
+        self._threads: list[RunningThread] = []
         self._elapsed = 0.0  # seconds in which this process ran
         self._last_activity = 0.0  # `_elapsed` at the last progress of the work
         self._last_check: float | None = None  # `_elapsed` at the last successful volume check
@@ -97,7 +97,7 @@ class TaskMonitor:
         more at the end of the work. After that time the work ends with HoldLostError, and may be repeated.
         """
         self._last_check = self._elapsed
-        supervised(f"volume check {self._bundle_id}", partial(self._repeat_check, check), on_failure=self._fail)
+        start_thread(f"volume check {self._bundle_id}", partial(self._repeat_check, check), on_failure=self._fail)
 
     def add_event(self, message: str) -> None:
         """Add an event to the task."""
@@ -129,7 +129,7 @@ class TaskMonitor:
 
     def __enter__(self) -> Self:
         try:
-            self._thread = supervised(f"monitor {self._bundle_id}", self._monitor, on_failure=self._fail)
+            self._thread = start_thread(f"monitor {self._bundle_id}", self._monitor, on_failure=self._fail)
             self._threads = [
                 self._thread,
                 self._repeat(_RECORD, self._check_record),
@@ -151,9 +151,11 @@ class TaskMonitor:
         if self._reason is not None:
             raise self._reason from error
 
-    def _repeat(self, name: str, work: Callable[[], None]) -> Background:
+    def _repeat(self, name: str, work: Callable[[], None]) -> RunningThread:
         report = partial(self._handle_error, name)
-        return repeat(f"{name} {self._bundle_id}", INTERVAL, work, on_failure=report, stop=self._ended, at_once=False)
+        return start_repeating(
+            f"{name} {self._bundle_id}", INTERVAL, work, on_failure=report, stop=self._ended, at_once=False
+        )
 
     def _monitor(self) -> None:
         """Measure time; stop the work if it, the volume check or the lease stalls. Nothing here can hang."""

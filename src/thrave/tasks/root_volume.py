@@ -120,7 +120,7 @@ class VolumeReader:
             Call("interrupt volume", self._interruption.request).wait(CLOSE_TIMEOUT)
         except NoThreadError:
             self._interruption.request()
-        call.when_ended(lambda: self._opened.__exit__(type(error), error, error.__traceback__))
+        call.add_done_callback(lambda: self._opened.__exit__(type(error), error, error.__traceback__))
 
 
 class _KnownVolume:

@@ -14,7 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from thrave.concurrency import NoThreadError, monotonic, new_condition, supervised
+from thrave.concurrency import NoThreadError, monotonic, new_condition, start_thread
 from thrave.pipeline import StoppedError
 
 STOP_TIMEOUT = 1.0
@@ -78,7 +78,7 @@ class CallGroup(Generic[R]):
             self._check()
             self._running += 1
         try:
-            supervised("store-call", partial(self._run, call), on_failure=self._fail)
+            start_thread("store-call", partial(self._run, call), on_failure=self._fail)
         except RuntimeError:  # no thread, no call
             with self._changed:
                 self._running -= 1

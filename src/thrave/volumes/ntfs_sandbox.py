@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import IO, NoReturn
 
-from thrave.concurrency import later
+from thrave.concurrency import start_later
 from thrave.programs import Program, ProgramError
 from thrave.volumes import ntfs_scan, sandbox
 from thrave.volumes.base import Extent, Volume
@@ -129,7 +129,7 @@ def _process(task: str, length: int) -> Iterator[Program]:
     except ProgramError as error:
         raise SandboxUnavailableError(str(error)) from error
     try:
-        cancel_timeout = later("ntfs scan timeout", SCAN_TIMEOUT, lambda: process.signal(signal.SIGKILL))
+        cancel_timeout = start_later("ntfs scan timeout", SCAN_TIMEOUT, lambda: process.signal(signal.SIGKILL))
         try:
             yield process
         finally:

@@ -26,7 +26,16 @@ from thrave.compute.libvirt.binding import (
     LibvirtError,
     Lifecycle,
 )
-from thrave.concurrency import Background, Call, CallTimeoutError, monotonic, new_condition, new_lock, repeat, utc_now
+from thrave.concurrency import (
+    Call,
+    CallTimeoutError,
+    RunningThread,
+    monotonic,
+    new_condition,
+    new_lock,
+    start_repeating,
+    utc_now,
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ log = logging.getLogger(__name__)
 _starting = new_lock()
 
 
-_event_loop: Background | None = None
+_event_loop: RunningThread | None = None
 
 
 class LibvirtConnection:
@@ -241,7 +250,7 @@ class LibvirtConnection:
                 return
             self._opening = None
             self._pending.append(opening)
-        opening.when_ended(lambda: _close(opening.result(0)))
+        opening.add_done_callback(lambda: _close(opening.result(0)))
 
     def _register_callbacks(self, opened: "_Opened") -> None:
         register, events, add = opened.connection.domainEventRegisterAny, self._events, opened.callbacks.append
@@ -310,7 +319,7 @@ def _start_event_loop(binding: LibvirtBinding) -> None:
         if _event_loop is None:
             binding.registerErrorHandler(lambda _context, _error: None, None)  # instead of printing each error
             binding.virEventRegisterDefaultImpl()
-            _event_loop = repeat(
+            _event_loop = start_repeating(
                 "libvirt events",
                 1.0,
                 lambda: _run_event_loop(binding),

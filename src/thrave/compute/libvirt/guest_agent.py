@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from thrave.compute.errors import InstanceCommandFailed
 from thrave.compute.libvirt import binding
 from thrave.compute.libvirt.binding import Domain, ShutdownFlag
-from thrave.concurrency import new_lock, supervised
+from thrave.concurrency import new_lock, start_thread
 
 PING_TIMEOUT = 2  # seconds
 EXEC_TIMEOUT = 10  # seconds
@@ -49,7 +49,7 @@ class GuestAgents:
             return False
         with self._lock:
             self._in_progress.add(uuid)
-        supervised(
+        start_thread(
             f"agent {uuid}",
             lambda: self._power_off(domain, uuid, starts),
             on_failure=lambda error: log.error("agent shutdown failed, domain %s", uuid, exc_info=error),
