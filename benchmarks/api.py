@@ -145,7 +145,7 @@ def add_tasks(server: ThraveServer, account_id: str, key: AccessKey) -> list[str
     bundle_ids = [f"bun-{number:017x}" for number in range(TASKS + 1)]
     common = {
         "account_id": account_id, "owner_id": account_id, "access_key_id": key.access_key_id, "host": "localhost",
-        "state": "complete", "progress": 100, "bucket": "bucket", "prefix": "winami", "was_running": True,
+        "state": "complete", "progress": 100, "bucket": "bucket", "prefix": "winami", "run_after_task": True,
         "start_time": utc_now(), "update_time": utc_now(),
     }  # fmt: skip
     rows = [{**common, "bundle_id": each, "instance_id": each.replace("bun", "i")} for each in bundle_ids]

@@ -193,7 +193,7 @@ class SimulatedBundling(BundleWorkflow):
 
     def _do(self, step: Step) -> None:
         super()._do(step)
-        if step in {Step.STOP, Step.FREE, Step.START, Step.UNDO_START}:
+        if step in {Step.STOP, Step.RUN_ON_OVERLAY, Step.START, Step.UNDO_START}:
             self._agent.report()  # a real agent does so every second
 
 

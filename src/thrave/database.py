@@ -175,7 +175,8 @@ bundle_task = sa.Table(
     sa.Column("manifest_sent", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("overlay", sa.JSON(none_as_null=True)),  # root volume and overlay, until the overlay is merged
     sa.Column("power_recovery_until", UtcDateTime),  # until then the guest may obey a withdrawn request to power off
-    sa.Column("was_running", sa.Boolean),  # the instance's power state before the task changes it
+    # Whether the instance is to run after the task, if its owner requests nothing else; null until it is recorded.
+    sa.Column("run_after_task", sa.Boolean),
     sa.Column("error_code", sa.String(64)),  # set before the undo, so also while the task has not ended
     sa.Column("error_message", sa.Text),
     sa.Column("warning", sa.Text),  # for the owner; the task continued

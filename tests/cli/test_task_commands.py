@@ -100,7 +100,7 @@ def test_task_show_prints_duration_of_each_state(thrave, show, complete):
     assert all(seconds >= 0 for seconds in lasted)
     assert end is None
     assert story["bytesPerSecond"] > 0
-    assert (story["volumeDone"], story["wasRunning"], story["remedy"]) == (30 * MIB, True, None)
+    assert (story["volumeDone"], story["runAfterTask"], story["remedy"]) == (30 * MIB, True, None)
     text = thrave("task", "show", complete)[1]
     assert "30.0 MiB of 30.0 MiB read" in text
     assert "which was running" in text

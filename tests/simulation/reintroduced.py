@@ -93,7 +93,7 @@ def cancellation_starts_a_stopped_instance(patch, _world):
 
     def start_if_it_ran(self, record):
         task = self._records.get(self._task.bundle_id)
-        if task.was_running and task.error_code is not None:
+        if task.run_after_task and task.error_code is not None:
             self._instances.start(self._task.instance_id)
             self._records.give_back(self._task.bundle_id)
         else:

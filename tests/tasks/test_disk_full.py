@@ -114,7 +114,7 @@ def test_restore_without_record_starts_instance_on_full_disk(small_disk, tmp_pat
     task = SimpleNamespace(
         bundle_id="bun-0",
         instance_id=description.instance_id,
-        was_running=True,
+        run_after_task=True,
         power_recovery_until=None,
         next_step=Step.SEAL,
     )
@@ -154,7 +154,7 @@ def instances_off(tmp_path):
     return instances, SimpleNamespace(
         bundle_id="bun-0",
         instance_id=described.instance_id,
-        was_running=False,
+        run_after_task=False,
         power_recovery_until=None,
         next_step=Step.SEAL,
     )

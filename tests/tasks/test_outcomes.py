@@ -287,7 +287,7 @@ def test_expired_lease_starts_instance_if_database_confirms_lease(here, monkeypa
 
 def test_run_resumed_after_start_does_not_restore_power(here):
     """The owner may have stopped the instance since: the task restores it only in steps with a borrowed instance."""
-    task = replace(here.get(here.task()), was_running=True)
+    task = replace(here.get(here.task()), run_after_task=True)
     owed = {step: workflow.BundleWorkflow(here.host(here.lease), replace(task, next_step=step), 1)._power._must_restore
             for step in Step}  # fmt: skip
     assert {step for step, is_owed in owed.items() if is_owed} == STEPS_WITH_BORROWED_INSTANCE

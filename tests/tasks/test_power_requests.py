@@ -303,7 +303,7 @@ class Power(RuleBasedStateMachine):
         self.is_on_overlay = False
 
     def _is_power_recorded(self):
-        return self.records.get(self.bundle_id).was_running is not None
+        return self.records.get(self.bundle_id).run_after_task is not None
 
     @contextmanager
     def _step(self, then):
@@ -397,7 +397,7 @@ def test_guest_shut_down_on_its_overlay_stays_off(play, is_again, end):
     while not power.is_on_overlay:
         power.run_task_step(overlay=True)
     power.owner_shuts_down_inside_guest()
-    if is_again:  # the step `free` is repeated after a crash
+    if is_again:  # the step `run-on-overlay` is repeated after a crash
         power.process_is_killed()
         power._free(_overlay=True)
     power.task_ends(end)
@@ -444,7 +444,7 @@ def test_record_power_state_uses_concurrent_request(engine, records, action, bef
         hypervisor, records, records.get("bun-1"), shutdown_timeout=SHUTDOWN_TIMEOUT, shutdown_timeout_action="fail"
     )
     task_power.record_power_state()
-    assert records.get("bun-1").was_running is (action is PowerAction.START)
+    assert records.get("bun-1").run_after_task is (action is PowerAction.START)
     assert task_power.should_run() is (action is PowerAction.START)
     assert power.get(INSTANCE).borrowed_by == "bun-1"
 

@@ -45,7 +45,7 @@ def write_task(data, instance_id, state):
                status="Active", create_date=now)  # fmt: skip
         insert(connection, "bundle_task", bundle_id=BUNDLE, account_id=ACCOUNT, owner_id=ACCOUNT,
                instance_id=instance_id, host="localhost", state=state, start_time=now, update_time=now,
-               bucket="bucket", prefix="winami", access_key_id=KEY, was_running=None if state == "pending" else True,
+               bucket="bucket", prefix="winami", access_key_id=KEY, run_after_task=None if state == "pending" else True,
                next_step="stop" if state == "pending" else "seal", runs=0, manifest_sent=False,
                encrypted_policy=vault.encrypt(grant, context=BUNDLE))  # fmt: skip
         if state != "pending":

@@ -90,7 +90,7 @@ def details_document(details: TaskDetails) -> Json:
     return {
         **task_document(details.report),
         "ownerId": task.owner_id,
-        "wasRunning": task.was_running,
+        "runAfterTask": task.run_after_task,
         "volumeDone": bytes_done(task, details.history),
         "bytesPerSecond": _bytes_per_second(details.report, durations),
         "meaning": cause and cause.meaning,
@@ -136,7 +136,7 @@ def _format_progress(task: BundleTask) -> str:
 
 def _properties(details: TaskDetails, durations: Sequence[StateDuration]) -> list[tuple[str, ...]]:
     task, stored = details.report.task, details.report.stored
-    power = {None: "", True: ", which was running", False: ", which was stopped"}[task.was_running]
+    power = {None: "", True: ", which was running", False: ", which was stopped"}[task.run_after_task]
     done, rate = bytes_done(task, details.history), _bytes_per_second(details.report, durations)
     volume = None
     if task.volume_size is not None and done is not None:

@@ -38,7 +38,7 @@ from thrave.tasks.repository import RECOVER_FOR, TaskRepository
 from thrave.tasks.step_retry import retry_hypervisor
 from thrave.write_guard import command_guard
 
-ABANDON_AFTER = 10.0  # seconds that a merge has to end after its timeout, before it is abandoned
+ABANDON_AFTER = 10.0  # seconds: grace period after the timeout for a merge to return; then it is abandoned
 STALL_TIMEOUT = 600.0  # seconds without progress after which a merge fails
 CHECK_RETRY_TIMEOUT = 60.0  # seconds to reach the hypervisor for the last check that nothing wrote to a volume
 _HOLD_ATTEMPTS = 3  # attempts to hold an instance that another client starts at the same moment
@@ -188,8 +188,8 @@ class InstancePower:
         self._power_recovery_until: datetime | timedelta | None = task.power_recovery_until
         self._start_failed = False
         # Copies of what is recorded: the power is restored even while the database is unavailable.
-        self._was_running = task.was_running
-        self._must_restore = bool(task.was_running) and task.next_step in STEPS_WITH_BORROWED_INSTANCE
+        self._run_after_task = task.run_after_task
+        self._must_restore = bool(task.run_after_task) and task.next_step in STEPS_WITH_BORROWED_INSTANCE
 
     def record_power_state(self) -> None:
         """Record, before the instance is touched, whether it is to run after the task, and that it is borrowed."""
@@ -202,21 +202,22 @@ class InstancePower:
             with failpoint("power-state-recorded"):
                 if self._records.record_power_state(self._task.bundle_id, running=running, version=version):
                     break
-        self.should_run()
+        self._refresh_run_after_task(self._records.power_record(instance_id))
 
     def should_run(self) -> bool:
         """Whether the instance is to run after the task, by what its owner wants now."""
-        return self._is_wanted_running(self._records.power_record(self._task.instance_id))
+        return self._refresh_run_after_task(self._records.power_record(self._task.instance_id))
 
-    def _is_wanted_running(self, record: PowerRecord) -> bool:
+    def _refresh_run_after_task(self, record: PowerRecord) -> bool:
+        """Copy from the database whether the instance is to run after the task, and return it."""
         if record.wanted is not None:
-            self._was_running = record.wanted is WantedPower.RUNNING
-        elif self._was_running is None and (task := self._records.get(self._task.bundle_id)) is not None:
-            self._was_running = task.was_running
-        return bool(self._was_running)
+            self._run_after_task = record.wanted is WantedPower.RUNNING
+        elif self._run_after_task is None and (task := self._records.get(self._task.bundle_id)) is not None:
+            self._run_after_task = task.run_after_task
+        return bool(self._run_after_task)
 
     def run_sysprep(self, monitor: TaskMonitor, command: Sequence[str]) -> None:
-        """Run the sysprep command in the guest, which powers it off; then as `shut_down`."""
+        """Run the sysprep command in the guest. The command powers the guest off; then wait as `shut_down` does."""
         if _is_off(self._instances.state(self._task.instance_id)):
             return
         self._schedule_recovery()
@@ -242,13 +243,13 @@ class InstancePower:
 
     def _wait_until_off(self, monitor: TaskMonitor, request: Callable[[str], None]) -> None:
         record = self._records.power_record(self._task.instance_id)
-        self._must_restore = self._is_wanted_running(record)
+        self._must_restore = self._refresh_run_after_task(record)
         is_borrowed = record.borrowed_by == self._task.bundle_id
 
         def borrow_and_request(instance_id: str) -> None:
             nonlocal is_borrowed
             if not is_borrowed:  # it was restored before, and is shut down once more
-                self._must_restore = self._was_running = self._records.borrow(self._task.bundle_id, instance_id)
+                self._must_restore = self._run_after_task = self._records.borrow(self._task.bundle_id, instance_id)
                 is_borrowed = True
             request(instance_id)
 
@@ -267,7 +268,7 @@ class InstancePower:
 
     @contextmanager
     def hold_stopped(self, monitor: TaskMonitor) -> Iterator[Instance]:
-        """Yield the instance, which is off and cannot be started. Shut it down first if it was started after a crash.
+        """Shut the instance down, and yield it while it is off and cannot be started.
 
         Raises:
             RootVolumeInUse: The instance was started before the block, during it or after it. What was read of its
@@ -301,21 +302,21 @@ class InstancePower:
     def restore(self) -> None:
         """Restore the power state that the owner wants now: start the instance if the task has shut it down.
 
-        An instance that is not borrowed any more (it runs on an overlay, or was restored before) is started only if it
-        has lost its power: its owner may have stopped it since.
+        An instance that was given back is started only if it lost its power. Otherwise its owner may have stopped it.
+        Before any of these errors is raised, power recovery (`housekeeping.py`) is scheduled.
 
         Raises:
             InstanceError, OSError: A transient error (`errors.may_pass`): the step is repeated.
-            TaskFailure: The instance does not start. After each error power recovery (`housekeeping.py`) is scheduled.
+            TaskFailure: The instance does not start.
         """
         task = self._records.get(self._task.bundle_id)
-        if task is None or task.was_running is None:
+        if task is None or task.run_after_task is None:
             return
         try:
             with power_lock(self._task.instance_id):
                 self._restore(self._records.power_record(self._task.instance_id))
         except InstanceNotFound:
-            self._records.give_back(self._task.bundle_id)  # its description was removed: there is nothing to start
+            self._records.give_back(self._task.bundle_id)  # its record was removed: there is nothing to start
         except (InstanceError, OSError) as error:
             self._start_failed = True
             self._records.schedule_power_recovery(self._task.bundle_id, RECOVER_FOR)
@@ -326,7 +327,7 @@ class InstancePower:
 
     def _restore(self, record: PowerRecord) -> None:
         bundle_id, instance_id = self._task.bundle_id, self._task.instance_id
-        is_wanted_on = self._is_wanted_running(record)
+        is_wanted_on = self._refresh_run_after_task(record)
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
         if state in STARTABLE_STATES and is_wanted_on and (is_borrowed or self._has_lost_power()):
@@ -340,7 +341,7 @@ class InstancePower:
             self._records.schedule_power_recovery(bundle_id, self._power_recovery_until)
 
     def restore_without_record(self, *, check: Callable[[], None] | None = None) -> bool:
-        """Start the instance if this run has shut it down. Does not need the database.
+        """Start the instance if this run or an earlier one has shut it down. Does not need the database.
 
         Call this only while nothing reads the root volume. It may be repeated: the guest may follow a shutdown request
         later.
@@ -356,16 +357,16 @@ class InstancePower:
             if not self._must_restore or self._instances.state(instance_id) not in STARTABLE_STATES:
                 return False
         except (InstanceError, OSError) as error:
-            log.warning("power recovery failed", instance_id=instance_id, error=str(error))
+            log.warning("start without the database failed", instance_id=instance_id, error=str(error))
             return False
         try:
             with power_lock(instance_id), command_guard.using(check or self._check):
                 self._instances.start(instance_id)
         except (InstanceLocked, LeaseExpiredError) as error:  # the instance was not started
-            log.warning("power recovery failed", instance_id=instance_id, error=str(error))
+            log.warning("start without the database failed", instance_id=instance_id, error=str(error))
             return False
         except (InstanceError, OSError) as error:  # the start may have succeeded before its record failed
-            log.warning("power recovery failed", instance_id=instance_id, error=str(error))
+            log.warning("start without the database failed", instance_id=instance_id, error=str(error))
         else:
             log.warning("instance started without its record: the database is unavailable", instance_id=instance_id)
         return True
@@ -388,7 +389,7 @@ class InstancePower:
         try:
             yield
         except IncorrectInstanceState:
-            _is_off(self._instances.state(self._task.instance_id))
+            _check_not_terminated(self._instances.state(self._task.instance_id))
             raise
 
     def _cut_power(self, message: str) -> None:
@@ -419,11 +420,16 @@ class InstancePower:
         try:
             hold.check()
         except RootVolumeInUse:
-            _is_off(self._instances.state(self._task.instance_id))  # raises another error if it is terminated
+            _check_not_terminated(self._instances.state(self._task.instance_id))
             raise
 
 
-def _is_off(state: InstanceState) -> bool:
+def _check_not_terminated(state: InstanceState) -> None:
     if state in TERMINATING:
         raise TaskFailure("Client.InstanceTerminated", "The instance was terminated while it was being bundled.")
+
+
+def _is_off(state: InstanceState) -> bool:
+    """Whether an instance is off. Raises TaskFailure if it was terminated."""
+    _check_not_terminated(state)
     return state is InstanceState.STOPPED

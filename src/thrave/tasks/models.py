@@ -138,7 +138,7 @@ class Step(StrEnum):
     """
 
     STOP = "stop"
-    FREE = "free"
+    RUN_ON_OVERLAY = "run-on-overlay"
     SEAL = "seal"
     START = "start"
     STORE = "store"
@@ -171,7 +171,7 @@ FORWARD_STEPS: dict[Step, StepDescription] = {
     Step.STOP: StepDescription(
         "Records the power state of the instance; repeats a shutdown request until the guest has powered off.", _UNDO
     ),
-    Step.FREE: StepDescription("Starts the instance on an overlay, if `capture_mode` is `overlay`.", _UNDO),
+    Step.RUN_ON_OVERLAY: StepDescription("Starts the instance on an overlay, if `capture_mode` is `overlay`.", _UNDO),
     Step.SEAL: StepDescription("Reads and seals the root volume, and uploads the parts.", _UNDO),
     Step.START: StepDescription("Starts the instance, if its owner wants it to run.", _WARN),
     Step.STORE: StepDescription(
@@ -197,7 +197,7 @@ UNDO_STEPS: dict[Step, StepDescription] = {
 FIRST_STEP, FIRST_UNDO_STEP = next(iter(FORWARD_STEPS)), next(iter(UNDO_STEPS))
 
 
-STEPS_UNTIL_READ = frozenset({Step.STOP, Step.FREE, Step.SEAL})
+STEPS_UNTIL_READ = frozenset({Step.STOP, Step.RUN_ON_OVERLAY, Step.SEAL})
 """Steps that fail if the instance had to be started in the meantime: its volume has changed then."""
 
 
@@ -259,8 +259,9 @@ class BundleTask:
     access_key_id: str
     created_bucket: bool | None
     """True if the request created the bucket, and the bucket must be deleted if the task fails."""
-    was_running: bool | None
-    """Whether the instance ran before the task changed its power; None until this is recorded."""
+    run_after_task: bool | None
+    """Whether the instance is to run after the task, if its owner requests nothing else: as it ran before the task
+    changed its power, or as its owner had requested then. None until this is recorded."""
     power_recovery_until: datetime | None
     """Until when power recovery checks the instance (`housekeeping.py`); None: no longer."""
     error_code: str | None

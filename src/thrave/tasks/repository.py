@@ -82,7 +82,7 @@ _WITH_ORPHANS = sa.and_(
 _NEEDS_POWER_RECOVERY = bundle_task.c.power_recovery_until.is_not(None)
 _WANTED = sa.select(instance_power.c.wanted).where(instance_power.c.instance_id == bundle_task.c.instance_id)
 # Whether the instance must run after the task: as its owner has requested, else as before the task.
-_MUST_RUN = sa.func.coalesce(_WANTED.scalar_subquery() == WantedPower.RUNNING, bundle_task.c.was_running)
+_MUST_RUN = sa.func.coalesce(_WANTED.scalar_subquery() == WantedPower.RUNNING, bundle_task.c.run_after_task)
 _IS_STANDBY = sa.func.pg_is_in_recovery()
 # The task has not failed and was not cancelled.
 _GOES_FORWARD = bundle_task.c.error_code.is_(None)
@@ -373,8 +373,8 @@ class TaskRepository:
             False if its owner has made a request since then: read the state again.
         """
         with self._task_transaction(bundle_id) as connection:
-            new = sa.and_(bundle_task.c.bundle_id == bundle_id, bundle_task.c.was_running.is_(None))
-            if connection.execute(bundle_task.update().where(new).values(was_running=running)).rowcount != 1:
+            new = sa.and_(bundle_task.c.bundle_id == bundle_id, bundle_task.c.run_after_task.is_(None))
+            if connection.execute(bundle_task.update().where(new).values(run_after_task=running)).rowcount != 1:
                 return True
             mine = bundle_task.c.bundle_id == bundle_id
             instance_id = connection.execute(sa.select(bundle_task.c.instance_id).where(mine)).scalar_one()
@@ -383,7 +383,7 @@ class TaskRepository:
                 connection.rollback()
                 return False
             if in_the_end is not running:
-                connection.execute(bundle_task.update().where(mine).values(was_running=in_the_end))
+                connection.execute(bundle_task.update().where(mine).values(run_after_task=in_the_end))
         return True
 
     def power_record(self, instance_id: str) -> PowerRecord:

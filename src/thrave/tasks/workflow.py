@@ -141,7 +141,7 @@ class BundleWorkflow:
         self._journal = repository.journal(task.bundle_id)
         self._steps: dict[Step, Callable[[], object]] = {
             Step.STOP: self.shut_down,
-            Step.FREE: self.start_on_overlay,
+            Step.RUN_ON_OVERLAY: self.start_on_overlay,
             Step.SEAL: self.upload_volume,
             Step.START: self._power.restore,
             Step.STORE: self.publish,

@@ -54,7 +54,7 @@ def upgrade() -> None:
         sa.Column('manifest_sent', sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column('overlay', sa.JSON()),
         sa.Column('power_recovery_until', sa.DateTime()),
-        sa.Column('was_running', sa.Boolean()),
+        sa.Column('run_after_task', sa.Boolean()),
         sa.Column('error_code', sa.String(length=64)),
         sa.Column('error_message', sa.Text()),
         sa.Column('warning', sa.Text()),
