@@ -345,7 +345,7 @@ def test_folder_lock_waits_for_its_release(tmp_path):
 
 def test_engine_of_a_library_refuses_the_replaced_database(initialized):
     ended = []
-    components = Components(initialized, replaced=ended.append)
+    components = Components(initialized, on_replaced=ended.append)
     components.open()
     library = sa.create_engine(initialized.database)
     with library.begin() as connection:

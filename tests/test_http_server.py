@@ -22,7 +22,7 @@ from support.service.forked_server import ForkedServer
 from thrave.cli.exit_codes import Exit
 from thrave.config import Settings, SettingsError, load_settings
 from thrave.database import open_engine
-from thrave.http_server import CHUNKED_LIMIT, HEAD_LIMIT, MAX_CHUNKS, MAX_HEADERS, HttpServer, PlainHttpNotAllowed
+from thrave.http_server import MAX_CHUNKED_SIZE, MAX_CHUNKS, MAX_HEAD_SIZE, MAX_HEADERS, HttpServer, PlainHttpNotAllowed
 from thrave.identity.accounts import Accounts
 from thrave.identity.users import Users
 from thrave.testing import ServerError, ThraveServer
@@ -125,7 +125,7 @@ def test_connection_closes_when_a_head_exceeds_its_limit(server_with_short_timeo
     with connected(server_with_short_timeout) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n")
         try:
-            while sent < 100 * HEAD_LIMIT:
+            while sent < 100 * MAX_HEAD_SIZE:
                 sent += connection.send(b"X-A: " + b"x" * 4096 + b"\r\n")
         except (BrokenPipeError, ConnectionResetError):
             return
@@ -366,7 +366,7 @@ def test_request_in_progress_is_answered_during_shutdown(tmp_path):
 
 
 REFUSED = {
-    "head one byte above the limit": (b"GET / HTTP/1.1\r\nX-A: " + b"a" * (HEAD_LIMIT - 24) + b"\r\n\r\n", b"431"),
+    "head one byte above the limit": (b"GET / HTTP/1.1\r\nX-A: " + b"a" * (MAX_HEAD_SIZE - 24) + b"\r\n\r\n", b"431"),
     "headers of 150 KiB": (b"GET / HTTP/1.1\r\n" + b"X-A: " + b"a" * (150 << 10) + b"\r\n\r\n", b"431"),
     "101 headers": (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * MAX_HEADERS + b"\r\n", b"431"),
     "two hosts": (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", b"400"),
@@ -376,11 +376,11 @@ REFUSED = {
         b"400",
     ),
     "long chunk extension": (
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"a" * CHUNKED_LIMIT + b"\r\na\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"a" * MAX_CHUNKED_SIZE + b"\r\na\r\n",
         b"4",
     ),
     "long trailer": (
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: " + b"a" * CHUNKED_LIMIT,
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: " + b"a" * MAX_CHUNKED_SIZE,
         b"4",
     ),
     "not HTTP": (b"\0garbage\r\n\r\n", b"400"),

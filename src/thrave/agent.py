@@ -61,7 +61,7 @@ class _UnfinishedWork:
 
     @property
     def can_finish(self) -> bool:
-        """Whether any of it can finish while the host drains, and so starts no task."""
+        """Whether some of the work can finish while the host drains. A draining host starts no task."""
         can_change = {*self.to_recover, *self.to_merge}.difference(self.waiting)
         return bool(self.tasks or self.power_requests or can_change)
 
@@ -80,7 +80,7 @@ class Agent:
         self._lease_timer = LeaseTimer(self._settings.heartbeat_timeout if others_can_adopt else None)
         # The S3 client repeats the check before each piece of a request: a piece takes `s3_send_timeout` at most.
         self._before_attempt = partial(self._lease_timer.check, self._settings.s3_send_timeout)
-        self._takes_tasks = True
+        self._accepts_tasks = True
         self.power = self._open_power(None)
         """Carries out power requests for the host's instances."""
         self._draining = False
@@ -122,7 +122,7 @@ class Agent:
         requeue_lost = partial(components.hosts.requeue_lost, name)
         requeue_lost()  # before the worker recovers its own workflows: tasks that are queued already need nothing
         self._update_state(components.hosts.heartbeat(lease))  # before a task can start: the host may drain
-        if not self._takes_tasks:
+        if not self._accepts_tasks:
             log.warning("host starts no task: it drains until `thrave host activate`", host=name)
         self._worker.launch(partial(self._run, context))
         self._start_job("requeue lost tasks", REQUEUE_INTERVAL, requeue_lost)
@@ -185,14 +185,14 @@ class Agent:
 
     def wait(self) -> int:
         """Wait until the host is drained; return the exit code: 0, or `START_AGAIN`."""
-        self._has_ended.wait()  # no timeout: the process lives as long as its agent; signals end it
+        self._has_ended.wait()  # no timeout: the process runs until its agent ends or a signal arrives
         return self._exit_status
 
     def _heartbeat(self, lease: HostLease) -> None:
         sent = self._lease_timer.now()
         self._update_state(self._components.hosts.heartbeat(lease))
         self._lease_timer.renew(sent)
-        if not self._takes_tasks and not self._draining:
+        if not self._accepts_tasks and not self._draining:
             self._draining = True
             try:
                 start_thread("drain", partial(self._drain, lease), on_failure=self._retry_drain)
@@ -207,11 +207,11 @@ class Agent:
     def _update_state(self, state: HostState) -> None:
         """Stop taking tasks if the host drains. This is final: to end a drain, the agent must be started again."""
         if state is HostState.DRAINING:
-            self._takes_tasks = False
+            self._accepts_tasks = False
 
     def _run(self, context: TaskContext, bundle_id: str) -> None:
         """Run a task. While the host drains, a task that has not started waits for the next agent."""
-        if self._takes_tasks or bundle_id in self._components.hosts.started_tasks(context.host):
+        if self._accepts_tasks or bundle_id in self._components.hosts.started_tasks(context.host):
             run_bundle_task(context, bundle_id)
 
     def _drain(self, lease: HostLease) -> None:

@@ -27,15 +27,15 @@ from thrave.buckets.s3_store import KeyOwner
 from thrave.compute.base import HypervisorDriver
 from thrave.config import Settings
 from thrave.database import (
-    TIMEOUT,
+    STATEMENT_TIMEOUT,
     DatabaseReplacedError,
     access_key,
+    begin_exclusive,
+    display_name,
     explain,
-    lock,
     migrate,
     migrations,
     open_engine,
-    place,
     vault_check,
 )
 from thrave.drivers import open_driver, open_store
@@ -75,12 +75,12 @@ class Components:
     Attributes:
         settings: Settings of the service.
         database_timeout: Seconds for one statement on a database server.
-        replaced: Called when the database file was deleted or replaced; see `database.open_engine`.
+        on_replaced: Called when the database file was deleted or replaced; see `database.open_engine`.
     """
 
     settings: Settings
-    database_timeout: float = TIMEOUT
-    replaced: Callable[[DatabaseReplacedError], None] | None = field(default=None, repr=False)
+    database_timeout: float = STATEMENT_TIMEOUT
+    on_replaced: Callable[[DatabaseReplacedError], None] | None = field(default=None, repr=False)
 
     @cached_property
     def database(self) -> sa.Engine:
@@ -168,7 +168,7 @@ class Components:
             restrict_access(settings)
             if _has_no_tables(settings):
                 _check_no_files_of_a_lost_database(settings)
-            database = open_engine(settings.database, timeout=self.database_timeout, replaced=self.replaced)
+            database = open_engine(settings.database, timeout=self.database_timeout, on_replaced=self.on_replaced)
             migrate(database)
             return database, _open_vault(settings, database)
 
@@ -285,8 +285,9 @@ def _check_no_files_of_a_lost_database(settings: Settings) -> None:
     for path in paths:
         if path.exists():
             raise DatabaseLostError(
-                f"The database {place(settings.database)} is missing or empty, but {path} exists, which was created "
-                "with it. Restore the database from a backup. To start with a new one, use an empty data directory."
+                f"The database {display_name(settings.database)} is missing or empty, but {path} exists, which was "
+                "created with it. Restore the database from a backup. To start with a new one, use an empty data "
+                "directory."
             )
 
 
@@ -298,7 +299,7 @@ def _open_vault(settings: Settings, database: sa.Engine) -> Vault:
     """
     directory = settings.directory
     with database.begin() as connection:
-        lock(connection)
+        begin_exclusive(connection)
         encrypted = connection.execute(sa.select(vault_check.c.encrypted)).scalar()
         if encrypted is None and not _has_secrets(connection):
             vault = Vault.open_or_create(directory.vault_key)

@@ -114,7 +114,7 @@ account = sa.Table(
     "account", metadata,
     sa.Column("account_id", sa.String(12), primary_key=True),
     sa.Column("name", sa.String(128), nullable=False, unique=True),
-    sa.Column("certificate", sa.Text),  # PEM; bundles are encrypted to it
+    sa.Column("certificate", sa.Text),  # PEM; bundles are encrypted for it
     sa.Column("create_date", UtcDateTime, nullable=False),
 )  # fmt: skip
 
@@ -174,7 +174,7 @@ bundle_task = sa.Table(
     # Whether the manifest may have been sent; then the task cannot be cancelled.
     sa.Column("manifest_sent", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("overlay", sa.JSON(none_as_null=True)),  # root volume and overlay, until the overlay is merged
-    sa.Column("power_recovery_until", UtcDateTime),  # until then the guest may obey a withdrawn request to power off
+    sa.Column("power_recovery_until", UtcDateTime),  # the guest may still power off until then
     # Whether the instance is to run after the task, if its owner requests nothing else; null until it is recorded.
     sa.Column("run_after_task", sa.Boolean),
     sa.Column("error_code", sa.String(64)),  # set before the undo, so also while the task has not ended
@@ -326,7 +326,7 @@ vault_check = sa.Table(
 )  # fmt: skip
 
 
-TIMEOUT = 60.0  # seconds for one statement, unless a process passes another value
+STATEMENT_TIMEOUT = 60.0  # seconds for one statement, unless a process passes another value
 _CONNECT_TIMEOUT = 10.0  # seconds
 _SERVER_KEEPALIVES = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}  # seconds
 _GRACE = 2.0  # seconds that a server may exceed a statement timeout before it counts as unavailable
@@ -335,13 +335,13 @@ _GRACE = 2.0  # seconds that a server may exceed a statement timeout before it c
 def open_engine(
     url: str,
     *,
-    timeout: float = TIMEOUT,
-    replaced: Callable[[DatabaseReplacedError], None] | None = None,
+    timeout: float = STATEMENT_TIMEOUT,
+    on_replaced: Callable[[DatabaseReplacedError], None] | None = None,
     pooled: bool = True,
 ) -> sa.Engine:
     """Open the database at a URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql://thrave@db.example/thrave`).
 
-    SQLite is put into WAL mode, so that readers never wait for the writer, with a timeout of 30 s for the write lock.
+    SQLite uses WAL mode, so that readers never wait for the writer, with a timeout of 30 s for the write lock.
     Its file is compared with the one that was opened first, before each connection, transaction and commit.
     Connections to a server are tested before they are used again. The server ends the transaction of a host that
     crashed or hangs. Every wait for a server has a timeout: for a connection, for a free one of the pool, for a
@@ -350,8 +350,8 @@ def open_engine(
     Args:
         url: As above.
         timeout: Seconds for one statement on a server.
-        replaced: Called when the file was deleted or replaced, before DatabaseReplacedError is raised. A service passes
-            a function that ends the process. A replacement of the file's *content* is detected only with it.
+        on_replaced: Called when the file was deleted or replaced, before DatabaseReplacedError is raised. A service
+            passes a function that ends the process. A replacement of the file's *content* is detected only with it.
         pooled: Whether connections to a server are kept for later; if not, closing one ends its session at once.
     """
     parsed = sa.make_url(url)
@@ -359,7 +359,7 @@ def open_engine(
     if parsed.get_backend_name() == "sqlite":
         engine = sa.create_engine(parsed, hide_parameters=True)
         sa.event.listen(engine, "connect", _prepare_sqlite)
-        _watch_file(engine, replaced)
+        _watch_file(engine, on_replaced)
         return engine
     connect_timeout = min(timeout, _CONNECT_TIMEOUT)
     pool: dict[str, Any] = (
@@ -442,7 +442,7 @@ def _connect_postgresql(
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Apply the migrations that the tables have not had, in one transaction.
+    """Apply the missing migrations in one transaction.
 
     Raises:
         NewerDatabaseError: A later release created the tables.
@@ -453,26 +453,26 @@ def migrate(engine: sa.Engine) -> None:
             driver.timeout = None  # a migration of a large table has no time limit
             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
             connection.detach()  # from the pool, so that it is closed afterwards
-        lock(connection)
+        begin_exclusive(connection)
         applied, known = migrations(connection)
         if applied is not None and applied not in known:
             raise NewerDatabaseError(
-                f"{place(str(engine.url))} was changed by a newer Thrave: its tables have migration {applied}, this "
-                f"release has {known[0]}. Install the newer release again."
+                f"{display_name(str(engine.url))} was changed by a newer Thrave: its tables have migration {applied}, "
+                f"this release has {known[0]}. Install the newer release again."
             )
         if applied != known[0]:
             _upgrade(connection)
 
 
-def lock(connection: sa.Connection) -> None:
-    """Begin a transaction that changes what all processes share. Only one such transaction runs at a time."""
+def begin_exclusive(connection: sa.Connection) -> None:
+    """Begin a transaction that changes data of all processes. Only one such transaction runs at a time."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
     else:  # Python's sqlite3 begins none before CREATE TABLE: a crash would leave half of the tables
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def place(url: str) -> str:
+def display_name(url: str) -> str:
     """Return a database's name for messages: the path of the file, or the address of the server, without password."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -481,8 +481,8 @@ def place(url: str) -> str:
 
 
 def explain(error: sa.exc.DBAPIError, url: str) -> DatabaseUnusableError:
-    """Return an error that says why the database at a URL failed and what to do. It has nothing of the statement."""
-    name, cause = place(url), error.orig
+    """Return an error that says why the database at a URL failed and what to do, without the failed statement."""
+    name, cause = display_name(url), error.orig
     if isinstance(cause, sqlite3.Error):
         code = getattr(cause, "sqlite_errorname", "SQLITE_ERROR")
         for condition, message in _SQLITE_CONDITIONS:
@@ -498,15 +498,15 @@ def explain(error: sa.exc.DBAPIError, url: str) -> DatabaseUnusableError:
     return DatabaseUnusableError(f"{name} reports an error (SQLSTATE {state})")
 
 
-def _watch_file(engine: sa.Engine, replaced: Callable[[DatabaseReplacedError], None] | None) -> None:
+def _watch_file(engine: sa.Engine, on_replaced: Callable[[DatabaseReplacedError], None] | None) -> None:
     if not engine.url.database:  # in memory
         return
-    file = _DatabaseFile(Path(engine.url.database), replaced)
+    file = _DatabaseFile(Path(engine.url.database), on_replaced)
     sa.event.listen(engine, "do_connect", lambda *_: file.check())
     sa.event.listen(engine, "connect", lambda *_: file.record_identity())
     sa.event.listen(engine, "begin", lambda _: file.check())
     sa.event.listen(engine, "commit", lambda _: file.check())
-    if replaced is not None:
+    if on_replaced is not None:
         file.write_mark(engine)
 
 
@@ -517,9 +517,9 @@ class _DatabaseFile:
     random number is written into the header field user_version, which has no other use.
     """
 
-    def __init__(self, path: Path, replaced: Callable[[DatabaseReplacedError], None] | None) -> None:
+    def __init__(self, path: Path, on_replaced: Callable[[DatabaseReplacedError], None] | None) -> None:
         self._path = path
-        self._replaced = replaced
+        self._on_replaced = on_replaced
         self._identity: tuple[int, int] | None = None
         self._header: int | None = None  # a descriptor
         self._mark = b""
@@ -550,8 +550,8 @@ class _DatabaseFile:
             f"the database {self._path} was deleted or replaced while it was open; nothing was written since. Restore "
             "the right file while no Thrave process runs, then start again."
         )
-        if self._replaced is not None:
-            self._replaced(error)
+        if self._on_replaced is not None:
+            self._on_replaced(error)
         raise error
 
     def _current(self) -> tuple[int, int] | None:

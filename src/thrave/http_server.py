@@ -1,4 +1,4 @@
-"""The HTTP server: listens, with or without TLS, and limits what one client can cost. It does not interpret requests.
+"""The HTTP server: listens, with or without TLS, and limits the resources of one client. No EC2 here.
 
 uvicorn and httptools implement HTTP; this module adds the limits. Bytes are counted when they arrive, before they are
 parsed: of the head of a request, of its body with the framing, and of requests sent before earlier ones are answered. A
@@ -33,18 +33,17 @@ from uvicorn.server import ServerState
 
 from thrave.config import Settings
 
-GRACEFUL_SHUTDOWN = 3  # seconds for the requests in progress when the service stops
-KEEP_ALIVE = 5  # seconds that a connection may be idle between two requests
-HEAD_LIMIT = 128 * 1024  # bytes of a request line and headers; 64 KiB of them are for a query string
-TARGET_LIMIT = 66 * 1024  # bytes of a request's path and query string
+GRACEFUL_SHUTDOWN_TIMEOUT = 3  # seconds for the requests in progress when the service stops
+KEEP_ALIVE_TIMEOUT = 5  # seconds that a connection may be idle between two requests
+MAX_HEAD_SIZE = 128 * 1024  # bytes of a request line and headers; 64 KiB of them are for a query string
+MAX_TARGET_SIZE = 66 * 1024  # bytes of a request's path and query string
 MAX_HEADERS = 100
-CONTENT_LIMIT = (
-    64 * 1024 + 1
-)  # bytes of a body that are kept: the API's limit, and one more to show that it is exceeded
-BODY_LIMIT = 8 * 1024 * 1024  # bytes of a body that are read; the error response is sent before
-CHUNKED_LIMIT = 256 * 1024  # bytes of a chunked body that are read, with extensions and trailers
+# Bytes of a body that are kept: the API's limit, and one more to detect that the limit is exceeded.
+MAX_CONTENT_SIZE = 64 * 1024 + 1
+MAX_BODY_SIZE = 8 * 1024 * 1024  # bytes of a body that are read; a too large body gets its error response earlier
+MAX_CHUNKED_SIZE = 256 * 1024  # bytes of a chunked body that are read, with extensions and trailers
 MAX_CHUNKS = 512
-MAX_AHEAD = 8  # requests that a client may send before an earlier one is answered
+MAX_PIPELINED_REQUESTS = 8  # requests that a client may send before an earlier one is answered
 SLICE = 16 * 1024  # bytes that are parsed before the limits are checked again
 
 log = structlog.get_logger()
@@ -133,8 +132,8 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,  # any client could send them
-            timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN,
+            timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT,
             ssl_certfile=self._tls.certificate if self._tls else None,
             ssl_keyfile=self._tls.key if self._tls else None,
         )
@@ -181,7 +180,7 @@ class ClientConnection(HttpToolsProtocol):
         self._max_connections = config.max_connections
         self._timeout = config.request_timeout
         self._timer: asyncio.TimerHandle | None = None
-        self._in_head = True  # of a request whose head has not ended, or before one
+        self._is_in_head = True  # of a request whose head has not ended, or before one
         self._received = 0  # bytes of this head, or of this body
         self._content = 0  # bytes of this body without its framing
         self._chunks = 0
@@ -233,9 +232,9 @@ class ClientConnection(HttpToolsProtocol):
             self._refuse(reason)
 
     def _check_size(self) -> None:
-        if self._in_head and self._received > HEAD_LIMIT:
+        if self._is_in_head and self._received > MAX_HEAD_SIZE:
             raise _LimitExceeded(*_HEAD_TOO_LARGE)
-        if not self._in_head and self._received > (CHUNKED_LIMIT if self._chunks else BODY_LIMIT):
+        if not self._is_in_head and self._received > (MAX_CHUNKED_SIZE if self._chunks else MAX_BODY_SIZE):
             raise _LimitExceeded("413 Content Too Large", "The request's body is too long.")
 
     def _refuse(self, reason: _LimitExceeded) -> None:
@@ -259,9 +258,11 @@ class ClientConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Start to count the head of a request; refuse the request if too many are waiting."""
-        if len(self.pipeline) >= MAX_AHEAD:
-            raise _LimitExceeded("400 Bad Request", f"More than {MAX_AHEAD} requests were sent before a response.")
-        self._in_head, self._content, self._chunks = True, 0, 0
+        if len(self.pipeline) >= MAX_PIPELINED_REQUESTS:
+            raise _LimitExceeded(
+                "400 Bad Request", f"More than {MAX_PIPELINED_REQUESTS} requests were sent before a response."
+            )
+        self._is_in_head, self._content, self._chunks = True, 0, 0
         # At most the slice that was parsed last; some of its bytes belong to the request before.
         self._received = min(self._received, SLICE)
         super().on_message_begin()
@@ -269,12 +270,14 @@ class ClientConnection(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         """Add a piece of the path and query string."""
         super().on_url(url)
-        if len(self.url) > TARGET_LIMIT:
-            raise _LimitExceeded("414 URI Too Long", f"The path and query string are longer than {TARGET_LIMIT} bytes.")
+        if len(self.url) > MAX_TARGET_SIZE:
+            raise _LimitExceeded(
+                "414 URI Too Long", f"The path and query string are longer than {MAX_TARGET_SIZE} bytes."
+            )
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Add a header. Trailers of a body are ignored."""
-        if not self._in_head:
+        if not self._is_in_head:
             return
         if len(self.headers) >= MAX_HEADERS:
             raise _LimitExceeded(_HEAD_TOO_LARGE[0], f"The request has more than {MAX_HEADERS} headers.")
@@ -284,12 +287,12 @@ class ClientConnection(HttpToolsProtocol):
         """Start to count the body."""
         if sum(name == b"host" for name, _ in self.headers) > 1:
             raise _LimitExceeded("400 Bad Request", "The request has more than one Host header.")
-        self._in_head, self._received = False, 0
+        self._is_in_head, self._received = False, 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Keep at most `CONTENT_LIMIT` bytes of the body."""
-        free = CONTENT_LIMIT - self._content
+        """Keep at most `MAX_CONTENT_SIZE` bytes of the body."""
+        free = MAX_CONTENT_SIZE - self._content
         self._content += len(body)
         if free > 0:
             super().on_body(body[:free])
@@ -302,7 +305,7 @@ class ClientConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Start to count the head of the next request."""
-        self._in_head, self._received = True, 0
+        self._is_in_head, self._received = True, 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -345,7 +348,7 @@ class ClientConnection(HttpToolsProtocol):
 
 
 _TLS_HANDSHAKE = b"\x16\x03"  # RFC 8446, 5.1: type of a handshake record, and first byte of its version
-_HEAD_TOO_LARGE = ("431 Request Header Fields Too Large", f"The request's head is longer than {HEAD_LIMIT} bytes.")
+_HEAD_TOO_LARGE = ("431 Request Header Fields Too Large", f"The request's head is longer than {MAX_HEAD_SIZE} bytes.")
 
 _PEER: ContextVar[str] = ContextVar("_PEER", default="")
 """Address of the client of the current connection. asyncio copies the context in which a connection was accepted to all
@@ -373,7 +376,7 @@ class _TlsConnection(ssl.SSLObject):
             raise
         except ssl.SSLError as error:
             advice = {"advice": "TLS? Use https:// in the URL"} if error.reason == "HTTP_REQUEST" else {}
-            log.warning("TLS handshake failed", what=error.reason, remote=_PEER.get(), **advice)
+            log.warning("TLS handshake failed", error=error.reason, remote=_PEER.get(), **advice)
             raise
 
 

@@ -24,7 +24,7 @@ from thrave.compute.fleet import FleetInventory
 from thrave.compute.power import PowerControl
 from thrave.concurrency import start_thread
 from thrave.config import Settings
-from thrave.database import TIMEOUT, DatabaseReplacedError
+from thrave.database import STATEMENT_TIMEOUT, DatabaseReplacedError
 from thrave.doctor.store_probe import MAX_AGE, StoreProbe
 from thrave.ec2.app import create_app
 from thrave.ec2.backend import Ec2Backend, Permissions, RateLimit
@@ -104,9 +104,9 @@ def run_agent(settings: Settings, on_started: Callable[[], None]) -> None:
         os._exit(status)
 
 
-def _create_components(settings: Settings, *, database_timeout: float = TIMEOUT) -> Components:
+def _create_components(settings: Settings, *, database_timeout: float = STATEMENT_TIMEOUT) -> Components:
     """Open what needs no database, so that a first start with a wrong setting creates no database and no key."""
-    components = Components(settings, database_timeout, replaced=_exit_at_once)
+    components = Components(settings, database_timeout, on_replaced=_exit_at_once)
     if settings.store == "s3":
         _ = components.buckets
     return components

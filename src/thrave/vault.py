@@ -42,8 +42,8 @@ class Vault:
     """Encrypts and decrypts with one key.
 
     A token is a version byte (1), a random 96-bit nonce, the ciphertext and the 128-bit tag. The tag authenticates
-    version and context, too. One key may encrypt 2**32 times (NIST SP 800-38D §8.3), far more than accounts and tasks
-    require.
+    version and context, too. One key may be used for 2**32 encryptions (NIST SP 800-38D §8.3), far more than accounts
+    and tasks require.
     """
 
     def __init__(self, key: bytes) -> None:

@@ -1,7 +1,7 @@
 """Checks, right before a write, that this process may still write. Another host may have taken over in the meantime.
 
 The code that decides to write sets the check for a block (`using`). The code that sends the bytes or gives the command
-makes the check (`check`) after each wait. The check belongs to the thread, so drivers need not pass it on.
+makes the check (`check`) after each wait. The check is stored in a context variable, so drivers need not pass it.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class WriteGuard:
 
     @contextmanager
     def using(self, check: WriteCheck) -> Iterator[None]:
-        """Make a check now, and have `check` make it until the block ends."""
+        """Call `check` now. Until the block ends, every `WriteGuard.check()` in this thread calls it again."""
         check()
         token = self._current.set(check)
         try:
@@ -38,7 +38,7 @@ class WriteGuard:
             self._current.reset(token)
 
     def check(self) -> None:
-        """Make the check of the block that this thread is in. Raises what the check raises."""
+        """Call the check of the current block of this thread. Raises the errors of that check."""
         self._current.get()()
 
 

@@ -360,7 +360,7 @@ def pieces(answer, *, slow):
     ],
 )
 def test_attempt_ends_although_bytes_still_arrive(monkeypatch, answer, slow):
-    monkeypatch.setattr(s3_client, "MAX_DURATION", 1)
+    monkeypatch.setattr(s3_client, "MAX_DURATION_FACTOR", 1)
     with scripted(pieces(answer, slow=slow)) as script:
         script.pause = 0.2
         with pytest.raises(
@@ -370,7 +370,7 @@ def test_attempt_ends_although_bytes_still_arrive(monkeypatch, answer, slow):
 
 
 def test_tunnel_request_ends_although_bytes_still_arrive(monkeypatch):
-    monkeypatch.setattr(s3_client, "MAX_DURATION", 1)
+    monkeypatch.setattr(s3_client, "MAX_DURATION_FACTOR", 1)
     with scripted(pieces(http(200, bytes(40)), slow="headers")) as script:
         script.pause = 0.2
         with pytest.raises(TransientError, match=r"The connection to the store .* is too slow"):

@@ -177,7 +177,7 @@ def test_call_group_stop_abandons_running_calls():
     group = CallGroup()
     with pytest.raises(StoppedError):
         stop(group)
-    assert group.abandoned
+    assert group.is_abandoned
     with pytest.raises(StoppedError):
         group.check_wanted()  # as a call does before its next attempt
     call.end(fails=False)

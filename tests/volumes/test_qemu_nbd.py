@@ -17,7 +17,7 @@ from support.eventually import eventually
 from thrave.volumes import qemu_nbd
 from thrave.volumes.errors import ToolNotInstalled, VolumeError, VolumeInUseError, VolumeUnreadableError
 from thrave.volumes.formats import QEMU_FORMATS, open_volume
-from thrave.volumes.image_chain import CHAIN_LIMIT
+from thrave.volumes.image_chain import MAX_CHAIN_LENGTH
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
@@ -101,7 +101,7 @@ def test_open_volume_rejects_remote_backing_file(qcow2, backing):
 
 def test_open_volume_rejects_cyclic_chain(qcow2):
     qemu_img("rebase", "-u", "-f", "qcow2", "-b", qcow2, "-F", "qcow2", qcow2)
-    assert f"more than {CHAIN_LIMIT} backing files" in refused(qcow2, "qcow2")
+    assert f"more than {MAX_CHAIN_LENGTH} backing files" in refused(qcow2, "qcow2")
 
 
 def test_open_volume_rejects_external_data_file(tmp_path):

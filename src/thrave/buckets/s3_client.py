@@ -59,7 +59,7 @@ Buffer = bytes | memoryview
 MAX_DOCUMENT = 16 << 20
 """Maximum bytes of an XML document of S3; 1,000 keys of a listing have at most 3 MiB, escaped."""
 
-MAX_DURATION = 20
+MAX_DURATION_FACTOR = 20
 """Times `StoreConfig.timeout` within which a whole request body must be sent; the same for reading a whole response."""
 
 _PIECE = 256 << 10  # bytes that must be sent within one timeout
@@ -282,7 +282,7 @@ class HttpTransport:
 
     def _pieces(self, body: Sequence[Buffer]) -> Iterator[memoryview]:
         """Split a body: the timeout applies to each piece, so a slow connection is allowed and a stalled one is not."""
-        deadline, length = monotonic() + MAX_DURATION * self._timeout, _TLS_PIECE if self._is_secure else _PIECE
+        deadline, length = monotonic() + MAX_DURATION_FACTOR * self._timeout, _TLS_PIECE if self._is_secure else _PIECE
         for piece in body:
             view = memoryview(piece).cast("B")
             for start in range(0, view.nbytes, length):
@@ -302,7 +302,7 @@ class HttpTransport:
         return HttpResponse(response.status, response.headers, b"".join(pieces))
 
     def _too_slow(self, server: str) -> str:
-        return f"The connection to {server} is too slow: not finished after {MAX_DURATION * self._timeout:g} s"
+        return f"The connection to {server} is too slow: not finished after {MAX_DURATION_FACTOR * self._timeout:g} s"
 
     def _error_from(self, status: int, headers: Mapping[str, str], document: bytes) -> BucketError:
         """Return the error of a response from the store, or from a server in between."""
@@ -406,14 +406,14 @@ class _SlowResponseError(TimeoutError):
 
 
 class _TimedBytes(io.RawIOBase):
-    """The bytes of one response, which must arrive within `MAX_DURATION` times the timeout of the socket.
+    """The bytes of one response, which must arrive within `MAX_DURATION_FACTOR` times the timeout of the socket.
 
     The socket's timeout applies to each read, so a server that sends single bytes would never reach it.
     """
 
     def __init__(self, received: io.RawIOBase, timeout: float) -> None:
         self._received = received
-        self._deadline = monotonic() + MAX_DURATION * timeout
+        self._deadline = monotonic() + MAX_DURATION_FACTOR * timeout
 
     def readable(self) -> bool:
         return True

@@ -42,7 +42,7 @@ _power_locks_lock = new_lock()
 
 @contextmanager
 def power_lock(instance_id: str) -> Iterator[None]:
-    """Lock the decision about an instance's power, and the command that follows, against other threads of this process.
+    """Lock the decision about an instance's power, and its command, against other threads of this process.
 
     Read the wanted power state within the block, before you start an instance or end a request because of the state
     that you read. Otherwise a start that an older request caused could follow after a newer request has ended.
@@ -355,7 +355,7 @@ class _InstanceWorker:
         return self._finish(record)
 
     def _confirm_up(self, record: PowerRecord, state: InstanceState) -> float | None:
-        """End a start of an instance that is up. First wait while the guest may still follow a shutdown request."""
+        """End a start of an instance that is up. First wait while an earlier request may still power it off."""
         is_late = monotonic() - self._start_time > 2 * self._shutdown_timeout
         if state in UP_STATES and (is_late or not record.is_shutdown_requested):
             return self._finish(record) if state is InstanceState.RUNNING else self._start(record)
@@ -365,7 +365,7 @@ class _InstanceWorker:
         waited = 0.0 if self._first_shutdown_request is None else monotonic() - self._first_shutdown_request
         if waited <= self._shutdown_timeout:
             return self._request_shutdown(record, self._driver.request_stop)
-        # No more requests. The guest may still follow the last one; then `_carry_out` starts the instance.
+        # No more requests. The guest may still power off because of an earlier request. Then `_carry_out` starts it.
         if state in UP_STATES and waited > 2 * self._shutdown_timeout:
             message = f"the guest did not power off within {self._shutdown_timeout:.0f} seconds"
             self._end_request("power request failed", message)

@@ -41,7 +41,7 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True)
-class Customer:
+class DemoAccount:
     """The account of the demo, with its access key and certificate."""
 
     account_id: str
@@ -50,7 +50,7 @@ class Customer:
     private_key: Path
 
 
-def make_customer(server: ThraveServer) -> Customer:
+def create_account(server: ThraveServer) -> DemoAccount:
     """Create an account with an access key and a certificate."""
     name = f"demo-{random_hex(4)}"
     certificate, private_key = new_certificate(name)
@@ -60,29 +60,29 @@ def make_customer(server: ThraveServer) -> Customer:
     paths = keys / f"cert-{name}.pem", keys / f"pk-{name}.pem"
     for path, pem in zip(paths, (certificate, private_key), strict=True):
         files.create_exclusive(path, pem.encode())
-    return Customer(account.account_id, key, *paths)
+    return DemoAccount(account.account_id, key, *paths)
 
 
-def make_instance(server: ThraveServer, customer: Customer, size: int) -> Instance:
+def make_instance(server: ThraveServer, demo_account: DemoAccount, size: int) -> Instance:
     """Create a Windows-like instance with a root disk of `size` bytes (C:) and an ephemeral disk."""
     disks = server.data.root / "demo-disks" / random_hex(4)
     disks.mkdir(parents=True)
     root, ephemeral = disks / "root.raw", disks / "ephemeral0.raw"
     make_demo_disk(root, size)
     make_ephemeral_disk(ephemeral)
-    return server.instance(customer.account_id, root, volumes=[ephemeral])
+    return server.instance(demo_account.account_id, root, volumes=[ephemeral])
 
 
 def bundle_with_boto3(
-    server: ThraveServer, customer: Customer, instance_id: str, prefix: str, report_task: Callable[[Task], None]
+    server: ThraveServer, demo_account: DemoAccount, instance_id: str, prefix: str, report_task: Callable[[Task], None]
 ) -> Task:
     """Bundle an instance with boto3 and boto3's waiter; call `report_task` with the task at each poll.
 
     Raises:
         botocore.exceptions.WaiterError: The task failed.
     """
-    ec2 = server.client(customer.key)
-    storage = server.storage(customer.key, BUCKET, prefix)
+    ec2 = server.client(demo_account.key)
+    storage = server.storage(demo_account.key, BUCKET, prefix)
     task: Task = ec2.bundle_instance(InstanceId=instance_id, Storage=storage)["BundleTask"]
     ids = {"BundleIds": [task["BundleId"]]}
     waiter = ec2.get_waiter("bundle_task_complete")
@@ -107,7 +107,7 @@ class TourResult:
     """The result of the demo."""
 
     data: Path
-    customer: Customer
+    demo_account: DemoAccount
     instance_id: str
     bundle_id: str
     prefix: str
@@ -134,8 +134,8 @@ class TourResult:
     def document(self) -> dict[str, object]:
         """Return the result as JSON."""
         return {
-            "accountId": self.customer.account_id,
-            "accessKeyId": self.customer.key.access_key_id,
+            "accountId": self.demo_account.account_id,
+            "accessKeyId": self.demo_account.key.access_key_id,
             "instanceId": self.instance_id,
             "bundleId": self.bundle_id,
             "bucket": BUCKET,
@@ -152,7 +152,7 @@ class TourResult:
 
     def aws_commands(self) -> list[str]:
         """Return shell commands that do the same with the AWS CLI."""
-        key, data = self.customer.key, shlex.quote(str(self.data))
+        key, data = self.demo_account.key, shlex.quote(str(self.data))
         aws = f"aws --endpoint-url http://127.0.0.1:8773 --region {REGION} ec2"
         opened = shlex.quote(str(self.image.with_name("by-hand.raw")))
         manifest = shlex.quote(str(self.bucket_folder / "by-hand.manifest.xml"))
@@ -168,12 +168,12 @@ class TourResult:
             bundle_instance,
             f"{aws} wait bundle-task-complete --filters Name=s3-prefix,Values=by-hand",
             f"{aws} describe-bundle-tasks",
-            f"thrave open {manifest} --key {shlex.quote(str(self.customer.private_key))} -o {opened}",
+            f"thrave open {manifest} --key {shlex.quote(str(self.demo_account.private_key))} -o {opened}",
         ]
 
     def openssl_commands(self) -> list[str]:
         """Return shell commands that open the bundle with openssl, gunzip and tar only."""
-        manifest, key = shlex.quote(str(self.manifest)), shlex.quote(str(self.customer.private_key))
+        manifest, key = shlex.quote(str(self.manifest)), shlex.quote(str(self.demo_account.private_key))
         folder = shlex.quote(str(self.bucket_folder))
         decode_key = f'sed "s/.*<user_encrypted_$1[^>]*>//; s/<.*//; s/../\\\\\\\\x&/g" {manifest}'
         return [
@@ -205,25 +205,25 @@ def run_tour(
     _check_free_space(data, size)
     with ThraveServer.running(data) as server:
         report_step(f"thrave serve listens on {server.url}")
-        customer = make_customer(server)
+        demo_account = create_account(server)
         report_step("created an account with an access key and a certificate")
-        instance = make_instance(server, customer, size)
+        instance = make_instance(server, demo_account, size)
         report_step("created a Windows-like instance: a root disk with NTFS, and an ephemeral disk that is not bundled")
         prefix = f"{PREFIX}-{instance.instance_id[-6:]}"
         report_step(f"boto3 calls BundleInstance for {instance.instance_id}, into {BUCKET}/{prefix}")
         start = monotonic()
-        task = bundle_with_boto3(server, customer, instance.instance_id, prefix, report_task)
+        task = bundle_with_boto3(server, demo_account, instance.instance_id, prefix, report_task)
         seconds = monotonic() - start
         if server.instances.state(instance.instance_id) is not InstanceState.RUNNING:
             raise DemoError("The instance is not running again after the bundle task.")
     report_step("verifying and opening the bundle, comparing it with the root disk")
-    opened = _open_bundle(server.data, customer, prefix)
+    opened = _open_bundle(server.data, demo_account, prefix)
     digest = sha256(opened.output)
     if digest != sha256(instance.root_volume.path):
         raise DemoError(f"The opened image {opened.output} differs from the root disk {instance.root_volume.path}.")
     return TourResult(
         data=data,
-        customer=customer,
+        demo_account=demo_account,
         instance_id=instance.instance_id,
         bundle_id=task["BundleId"],
         prefix=prefix,
@@ -246,12 +246,12 @@ def _check_free_space(data: Path, size: int) -> None:
         )
 
 
-def _open_bundle(data: DataDirectory, customer: Customer, prefix: str) -> OpenResult:
+def _open_bundle(data: DataDirectory, demo_account: DemoAccount, prefix: str) -> OpenResult:
     bucket = data.buckets / BUCKET
     return open_bundle(
         (bucket / manifest_filename(prefix)).read_bytes(),
         DirectoryParts(bucket),
-        load_private_key(customer.private_key.read_bytes()),
+        load_private_key(demo_account.private_key.read_bytes()),
         data.root / f"{prefix}.raw",
         certificate=load_certificate((data.service / CERTIFICATE_FILE).read_bytes()),
         side_file=(bucket / side_filename(prefix)).read_bytes(),

@@ -1,6 +1,6 @@
 """X.509 certificates and RSA private keys as PEM, and the identity of the service (`ServiceIdentity`).
 
-Only RSA is accepted: the key of a bundle is encrypted to the RSA key of a certificate, and manifests are signed with
+Only RSA is accepted: the key of a bundle is encrypted for the RSA key of a certificate, and manifests are signed with
 one. Keys of 1,024 bits and SHA-1 self-signatures are accepted, since ec2-ami-tools and AWS issued them. A certificate
 is only a container of a public key: its issuer and expiry are not checked (ec2-ami-tools 1.5.3 does not check them).
 """
@@ -8,7 +8,7 @@ is only a container of a public key: its issuer and expiry are not checked (ec2-
 # The identity has three files in one folder, created once and never overwritten, readable by the service's user only:
 #
 #     cert.pem        X.509 certificate (RSA), for verifiers
-#     pk.pem          its private key: signs manifests, decrypts the key of a bundle that is encrypted to EC2
+#     pk.pem          its private key: signs manifests, decrypts the key of a bundle that is encrypted for EC2
 #     side-key.pem    Ed25519 private key: signs the side file with the SHA-256 digests
 #
 # With `pk.pem` every bundle of the service can be opened. Without it, bundles of accounts without a certificate cannot
@@ -90,7 +90,7 @@ def load_certificate(pem: str | bytes) -> x509.Certificate:
             "The certificate is not an X.509 certificate in PEM form (-----BEGIN CERTIFICATE-----)"
         ) from error
     if not isinstance(key, rsa.RSAPublicKey):
-        raise MalformedCertificate("The certificate's key is not RSA; a bundle can be encrypted to RSA keys only")
+        raise MalformedCertificate("The certificate's key is not RSA; a bundle can be encrypted for RSA keys only")
     if key.key_size not in _KEY_BITS:
         raise MalformedCertificate(f"The certificate's key has {_BITS.format(key.key_size)}")
     return certificate
@@ -111,7 +111,7 @@ def load_private_key(pem: str | bytes) -> rsa.RSAPrivateKey:
     except (ValueError, UnsupportedAlgorithm):
         raise MalformedPrivateKey("The private key is not a PEM private key (-----BEGIN PRIVATE KEY-----)") from None
     if not isinstance(key, rsa.RSAPrivateKey):
-        raise MalformedPrivateKey("The private key is not RSA; bundles are encrypted to RSA keys only")
+        raise MalformedPrivateKey("The private key is not RSA; bundles are encrypted for RSA keys only")
     if key.key_size not in _KEY_BITS:
         raise MalformedPrivateKey(f"The private key has {_BITS.format(key.key_size)}")
     return key

@@ -53,7 +53,7 @@ class MalformedPolicyDocument(IdentityError):
 
 
 class MalformedCertificate(IdentityError):
-    """A certificate cannot be read, or bundles cannot be encrypted to its key."""
+    """A certificate cannot be read, or bundles cannot be encrypted for its key."""
 
     code = "MalformedCertificate"
 

@@ -39,7 +39,7 @@ RETENTION_INTERVAL = 3600.0
 MERGE_TIMEOUT = 60.0  # seconds for one attempt: other overlays wait
 DELETE_BATCH = 500  # tasks in one transaction, so that other transactions do not wait long
 _RECOVERY_TIMEOUT = 10.0  # seconds; an instance that takes longer does not delay the next `run_once`
-_LOST_HOSTS_EVERY = 10  # each so many runs also recover instances of tasks whose host is lost
+_LOST_HOSTS_RUN_INTERVAL = 10  # every tenth `run_once` also recovers instances of tasks whose host is lost
 
 log = structlog.get_logger()
 
@@ -47,10 +47,10 @@ log = structlog.get_logger()
 class PowerRecovery:
     """Starts instances of one host whose task ended without doing so, and merges the overlays of ended tasks.
 
-    A guest may follow a shutdown request late: its task was cancelled or has failed, the instance still ran and was not
-    started, and a minute later the guest powers off. Or the hypervisor cannot start an instance at the moment. Such an
-    instance is started until `power_recovery_until`, if its owner still wants it to run. An instance whose next task
-    has started is not changed, and no instance is stopped.
+    A guest may still power off because of an earlier request: its task was cancelled or has failed, the instance still
+    ran and was not started, and a minute later the guest powers off. Or the hypervisor cannot start an instance at the
+    moment. Such an instance is started until `power_recovery_until`, if its owner still wants it to run. An instance
+    whose next task has started is not changed, and no instance is stopped.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PowerRecovery:
         Each instance has a thread of its own, so that one that hangs or cannot be started does not delay the others.
         """
         tasks = self._records.power_recoveries(self._host)
-        if self._runs % _LOST_HOSTS_EVERY == 0:
+        if self._runs % _LOST_HOSTS_RUN_INTERVAL == 0:
             tasks += self._records.moved_power_recoveries(self._host)
             self._retries.keep({task.bundle_id for task in tasks})
         self._runs += 1
@@ -126,7 +126,7 @@ class PowerRecovery:
         except Exception as error:  # noqa: BLE001 (other instances are not affected)
             self._retries.record_failure(bundle_id)
             log.warning("power recovery failed", instance_id=task.instance_id, error=str(error) or type(error).__name__)
-            is_done = self._is_late(task) and not self._extend(task)
+            is_done = self._is_period_over(task) and not self._extend(task)
         if is_done:
             self._records.schedule_power_recovery(bundle_id, None)
             self._records.give_back(bundle_id)
@@ -136,7 +136,7 @@ class PowerRecovery:
         """Start the instance if it is off and must run; return whether nothing remains to do."""
         if self._records.in_progress(task.instance_id):
             return False
-        is_late = self._is_late(task)
+        is_period_over = self._is_period_over(task)
         with power_lock(task.instance_id):
             state = self._instances.state(task.instance_id)
             # Read again: since the list was read, the owner may have stopped it, or another task may have started.
@@ -145,12 +145,12 @@ class PowerRecovery:
             if self._records.in_progress(task.instance_id):
                 return False
             # A description file stays at `stopping` if the process that ran the stopCommand has ended.
-            is_off = state in STARTABLE_STATES or (is_late and state is InstanceState.STOPPING)
+            is_off = state in STARTABLE_STATES or (is_period_over and state is InstanceState.STOPPING)
             if is_off:
                 self._start(task)
-        return is_off or is_late or state in TERMINATING
+        return is_off or is_period_over or state in TERMINATING
 
-    def _is_late(self, task: BundleTask) -> bool:
+    def _is_period_over(self, task: BundleTask) -> bool:
         return task.power_recovery_until is not None and task.power_recovery_until < self._records.now()
 
     def _extend(self, task: BundleTask) -> bool:

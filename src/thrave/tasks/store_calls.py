@@ -43,9 +43,9 @@ class CallGroup(Generic[R]):
         self._running = 0
         self._results: list[R] = []
         self._failures: list[BaseException] = []
-        self.stopped = False
+        self.is_stopped = False
         """Whether the results are no longer needed."""
-        self.abandoned = False
+        self.is_abandoned = False
         """Whether the calls that still run have been abandoned."""
 
     @property
@@ -116,13 +116,13 @@ class CallGroup(Generic[R]):
 
     def check_wanted(self) -> None:
         """Raise StoppedError if the results are no longer needed. The calls check this before each attempt."""
-        if self.stopped:
+        if self.is_stopped:
             raise StoppedError
 
     def stop(self) -> None:
         """Start no more calls, and wake the threads that wait for results. Any thread may call this."""
         with self._changed:
-            self.stopped = True
+            self.is_stopped = True
             self._changed.notify_all()
         self._wake()
 
@@ -142,18 +142,18 @@ class CallGroup(Generic[R]):
         self.stop()
         with self._changed:
             self._changed.wait_for(lambda: not self._running, STOP_TIMEOUT)
-            self.abandoned = True
+            self.is_abandoned = True
         if error is None and pending:
             self.check()
             raise RuntimeError(f"the results of {pending} calls were not taken")
 
     @property
     def _ends(self) -> bool:
-        return self.stopped or bool(self._failures)
+        return self.is_stopped or bool(self._failures)
 
     def _check(self) -> None:
         self.check()
-        if self.stopped:
+        if self.is_stopped:
             raise StoppedError
 
     def _run(self, call: Callable[[], R]) -> None:

@@ -236,7 +236,7 @@ class TaskObjects:
             try:
                 etag = buckets.put(self._bucket, key, data, policy=self._policy)
             finally:
-                if calls.abandoned:  # its claim stays recorded, so cleanup deletes the object
+                if calls.is_abandoned:  # its claim stays recorded, so cleanup deletes the object
                     log.warning("abandoned upload ended", bundle_id=self._journal.bundle_id, key=key)
         return StoredObject(key, data.nbytes, etag)
 
@@ -348,7 +348,7 @@ class TaskObjects:
 
     def _read_back(self, calls: CallGroup[_Result], key: str, size: int, reading: Semaphore) -> Digest:
         while not reading.acquire(timeout=_READ_PAUSE):
-            if calls.stopped:
+            if calls.is_stopped:
                 raise StoppedError
         try:
             buckets = self._buckets.checking(calls.check_wanted)

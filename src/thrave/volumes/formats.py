@@ -82,7 +82,7 @@ def open_volume(
     """
     if image_format == "raw" and secret_file is not None:  # the bundle would contain the encrypted content as it is
         raise VolumeUnreadableError(path, "a raw volume has no passphrase; the format of a raw disk in LUKS is luks")
-    with closing(ImageChain(path, image_format, directories, is_read=True, interruption=interruption)) as chain:
+    with closing(ImageChain(path, image_format, directories, reads_content=True, interruption=interruption)) as chain:
         driver: Volume = RawVolume(chain.layers[0].file) if image_format == "raw" else QemuVolume(chain, secret_file)
         with closing(driver):
             volume = driver if on_read is None else MonitoredVolume(driver, on_read)
@@ -101,7 +101,7 @@ def read_metadata(path: Path, image_format: str, *, directories: Sequence[Path] 
         VolumeError: As `open_volume`, except for errors that only QEMU or a lock can find, and without the rules about
             marks that a running machine sets.
     """
-    with closing(ImageChain(path, image_format, directories, is_read=False)) as chain:
+    with closing(ImageChain(path, image_format, directories, reads_content=False)) as chain:
         return VolumeMetadata(frozenset(chain.file_ids), frozenset(chain.written_ids), tuple(chain.warnings))
 
 
@@ -111,5 +111,5 @@ def guess_format(path: Path) -> str | None:
     Raises:
         VolumeUnreadableError: The file cannot be read.
     """
-    with HostFile(path, is_compared=False) as file:
+    with HostFile(path, detect_changes=False) as file:
         return image_headers.guess_format(file)

@@ -72,8 +72,8 @@ class HostFile:
     Args:
         path: Its name; symbolic links are followed, once.
         folders: Where its real path must be; None if anywhere.
-        is_compared: Whether `check_unchanged` will be called. Opening the file then lasts up to a second while another
-            program writes to it.
+        detect_changes: Whether `check_unchanged` will be called. Opening the file then lasts up to a second while
+            another program writes to it.
 
     Attributes:
         path: The name, absolute.
@@ -86,7 +86,7 @@ class HostFile:
         VolumeUnreadableError: It cannot be opened, is neither file nor block device, or is outside the folders.
     """
 
-    def __init__(self, path: Path, folders: AllowedFolders | None = None, *, is_compared: bool = True) -> None:
+    def __init__(self, path: Path, folders: AllowedFolders | None = None, *, detect_changes: bool = True) -> None:
         self.path = Path(path).absolute()
         self.fd = -1
         try:
@@ -96,7 +96,7 @@ class HostFile:
             raise VolumeUnreadableError(path, describe_error(error)) from error
         try:
             self._open(handle, folders)
-            self._first_state = self._wait_for_comparable_state() if is_compared else self._state()
+            self._first_state = self._wait_for_comparable_state() if detect_changes else self._state()
         except OSError as error:
             self.close()
             raise VolumeUnreadableError(path, describe_error(error)) from error
@@ -208,9 +208,9 @@ class HostFiles:
     def __init__(self) -> None:
         self.opened: list[HostFile] = []
 
-    def open(self, path: Path, folders: AllowedFolders | None = None, *, is_compared: bool = True) -> HostFile:
+    def open(self, path: Path, folders: AllowedFolders | None = None, *, detect_changes: bool = True) -> HostFile:
         """Open a file; arguments and errors as of `HostFile`."""
-        file = HostFile(path, folders, is_compared=is_compared)
+        file = HostFile(path, folders, detect_changes=detect_changes)
         self.opened.append(file)
         return file
 

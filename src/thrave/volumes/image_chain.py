@@ -41,7 +41,7 @@ from thrave.volumes.image_rules import Decision, find_rule
 
 PACKAGE = "qemu-utils"
 
-CHAIN_LIMIT = 32
+MAX_CHAIN_LENGTH = 32
 """Backing files below the topmost image."""
 
 EXTENT_LIMIT = 1024
@@ -169,8 +169,8 @@ class ImageChain:
         path: The topmost image.
         image_format: Its format, by QEMU's name.
         directories: Folders in which files may be that it refers to, in addition to its own folder.
-        is_read: Whether the content will be read. Then each file is locked, and the rules for a machine that is off
-            apply. Otherwise only the metadata is read, and the machine may run.
+        reads_content: Whether the content will be read. Then each file is locked, and the rules for a machine that is
+            off apply. Otherwise only the metadata is read, and the machine may run.
         interruption: Unlocks the files, and ends programs that use them, from another thread.
 
     Attributes:
@@ -187,14 +187,14 @@ class ImageChain:
         image_format: str,
         directories: Sequence[Path] = (),
         *,
-        is_read: bool,
+        reads_content: bool,
         interruption: Interruption | None = None,
     ) -> None:
         if image_format not in HEADER_READERS:
             raise UnknownFormatError(image_format, tuple(HEADER_READERS))
         self.warnings: list[ImageWarning] = []
         self.layers: list[Layer] = []
-        self._is_read = is_read
+        self._reads_content = reads_content
         self._locks = ImageLocks()
         self.interruption = interruption or Interruption()
         self.interruption.add(self._locks.release)
@@ -255,7 +255,7 @@ class ImageChain:
         top = self._open(path, None)
         folders = AllowedFolders(None if top.is_device else top.real_path.parent, directories)
         file: HostFile | None = top
-        for _ in range(CHAIN_LIMIT + 1):
+        for _ in range(MAX_CHAIN_LENGTH + 1):
             if file is None:
                 break
             layer = self._read_layer(file, image_format, folders)
@@ -266,11 +266,11 @@ class ImageChain:
                 image_format = _backing_format(layer, backing)
                 file = self._open(_resolve(layer, backing.name), folders)
         if file is not None:
-            raise VolumeUnreadableError(path, f"it has more than {CHAIN_LIMIT} backing files")
+            raise VolumeUnreadableError(path, f"it has more than {MAX_CHAIN_LENGTH} backing files")
 
     def _open(self, path: Path, folders: AllowedFolders | None) -> HostFile:
-        file = self._files.open(path, folders, is_compared=self._is_read)
-        if self._is_read:
+        file = self._files.open(path, folders, detect_changes=self._reads_content)
+        if self._reads_content:
             self._locks.lock(file)
         return file
 
@@ -309,7 +309,7 @@ class ImageChain:
         """Refuse a file, or record a warning, as the rules for its marks say."""
         for name, details in marks:
             rule = find_rule(layer.format, name)
-            if rule.is_normal_while_running and not self._is_read:
+            if rule.is_normal_while_running and not self._reads_content:
                 continue
             reason = f"{rule.reason} ({details})" if details else rule.reason
             if rule.decision is Decision.REFUSE:

@@ -1,8 +1,8 @@
-"""A cache of all domains, kept current by events, so that a list of hundreds of instances does not call libvirt.
+"""A cache of all domains, updated by libvirt's events: listing hundreds of instances makes no call to libvirt.
 
 A domain is read again after an event, all domains after a lost connection and once a minute, since libvirt has no event
-for some changes of a definition. Use `refresh` where the current state is required. `MetadataWriter` changes our
-element in the metadata of a domain, in the running definition and in that for the next start. A lock file serializes
+for some changes of a definition. Use `refresh` where the current state is required. `MetadataWriter` changes
+Thrave's metadata element of a domain, in the running definition and in that for the next start. A lock file serializes
 changes by several processes of this service, but not by other clients such as an editor.
 """
 
@@ -46,7 +46,7 @@ _WRITE_ATTEMPTS = 3  # a domain may be started or stopped between two calls
 
 
 class MetadataWriter:
-    """Writes our element in the metadata of domains.
+    """Writes Thrave's metadata element of domains.
 
     Args:
         lock_folder: For the lock files.
@@ -95,7 +95,7 @@ class MetadataWriter:
 
 
 def read_metadata(domain: Domain, instance_id: str) -> InstanceMetadata | None:
-    """Return our metadata of a domain; None if it has none. Raises as `MetadataWriter.change`."""
+    """Return Thrave's metadata of a domain; None if it has none. Raises as `MetadataWriter.change`."""
     with domain_errors_translated(domain, instance_id):
         return parse_metadata(
             read_definition(domain.XMLDesc(XmlFlag.INACTIVE if domain.isPersistent() else 0)).metadata
@@ -151,8 +151,8 @@ class DomainSnapshot:
         off_reason: Why it is off; None if it is not.
         live: Definition of the running domain; None if it is off.
         config: Definition for the next start; None if the domain is transient.
-        is_adopted: Whether it has our metadata element.
-        metadata: Content of our metadata element.
+        is_adopted: Whether it has Thrave's metadata element.
+        metadata: Content of Thrave's metadata element.
         instance: The instance of the domain.
         fault: Why an adopted domain is no valid instance; the definitions may then be missing.
     """
@@ -223,12 +223,12 @@ class DomainCache:
                     self._refresh_all(connection)
                 else:
                     self._refresh_changed(connection)
-                return self.last_seen
+                return self.snapshots
             finally:
                 self._lock.release()
 
     @property
-    def last_seen(self) -> Sequence[DomainSnapshot]:
+    def snapshots(self) -> Sequence[DomainSnapshot]:
         """The result of the last `list` that succeeded, possibly changed since; empty if there was none."""
         return sorted(self._snapshots.values(), key=lambda snapshot: snapshot.instance_id)
 
@@ -405,7 +405,7 @@ def _definition(xml: str | None) -> DomainDefinition | None:
 
 
 def _find_metadata(snapshot: DomainSnapshot) -> InstanceMetadata:
-    """Return our metadata in the definition for the next start, else in that of the running domain."""
+    """Return Thrave's metadata in the definition for the next start, else in that of the running domain."""
     for definition in (snapshot.config, snapshot.live):
         if definition is not None and (metadata := parse_metadata(definition.metadata)) is not None:
             return metadata

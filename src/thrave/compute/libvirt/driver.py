@@ -268,10 +268,10 @@ class LibvirtDriver:
         try:
             snapshots = self._cache.list()
         except HypervisorError as error:
-            if not self._cache.last_seen:
+            if not self._cache.snapshots:
                 raise
             log.warning("last known instances used: %s", error)
-            snapshots = self._cache.last_seen
+            snapshots = self._cache.snapshots
         for snapshot in snapshots:
             if snapshot.is_adopted and snapshot.fault is not None:
                 log.warning("instance skipped: %s", snapshot.fault)
