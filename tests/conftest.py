@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("thrave")
 # Files with the longest run time, longest first. pytest-xdist gives each file to one worker.
 LONG_FILES = (
     "docs/test_howtos.py", "tasks/test_kill_sweep.py", "cli/test_server_signals.py", "fleet/test_fleet.py",
-    "tasks/test_workflow.py", "clients/test_clients.py", "test_http_server.py", "bundle/test_costs.py",
+    "tasks/test_workflow.py", "clients/test_clients.py", "test_http_server.py", "bundle/test_padding_costs.py",
     "test_components.py", "tasks/test_uploads.py", "cli/test_bundle_signals.py", "cli/test_bundle_locations.py",
     "buckets/test_service_on_stores.py", "test_costs.py",
 )  # fmt: skip

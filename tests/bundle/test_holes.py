@@ -1,4 +1,4 @@
-"""What need not be written: zeros in whole grains, and nothing else."""
+"""`skip_zeros` leaves out aligned grains of zeros, and nothing else."""
 
 import pytest
 from hypothesis import given
@@ -12,12 +12,12 @@ from thrave.bundle.tar_reader import ImageRun
 KIB = 1024
 
 
-def stretches(*runs):
+def nonzero_runs(*runs):
     return [(offset, bytes(data)) for offset, data in skip_zeros(ImageRun(o, memoryview(d)) for o, d in runs)]
 
 
 @pytest.mark.parametrize(
-    ("runs", "left"),
+    ("runs", "expected"),
     [
         ([(0, bytes(3 * GRAIN))], []),
         ([(0, b"x" * 3 * GRAIN)], [(0, b"x" * 3 * GRAIN)]),
@@ -28,28 +28,28 @@ def stretches(*runs):
         ([(512, bytes(600) + b"x")], [(512, bytes(600) + b"x")]),
         ([(0, b"x"), (GRAIN, bytes(GRAIN)), (5 * GRAIN, b"y")], [(0, b"x"), (5 * GRAIN, b"y")]),
     ],
-    ids=["zeros", "none", "around", "between", "one-byte", "grains-are-the-images", "part-of-a-grain", "runs"],
+    ids=["zeros", "none", "around", "between", "one-byte", "aligned-to-image", "part-of-a-grain", "runs"],
 )
-def test_zero_blocks_are_left_out(runs, left):
-    assert stretches(*runs) == left
+def test_skip_zeros_leaves_out_grains_of_zeros(runs, expected):
+    assert nonzero_runs(*runs) == expected
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 3 * GRAIN), st.integers(0, 2 * GRAIN), st.booleans()), max_size=6),
     st.integers(0, GRAIN),
 )
-def test_remaining_extents_read_the_same(pieces, first):
-    data = b"".join(bytes(zeros) + (b"\1" if one else b"") + b"x" * count for zeros, count, one in pieces)
+def test_skip_zeros_keeps_content(pieces, first):
+    data = b"".join(bytes(zeros) + (b"\1" if has_one else b"") + b"x" * count for zeros, count, has_one in pieces)
     image = bytearray(len(data))
-    last = 0
-    for offset, left in stretches((first, data)):
-        assert offset >= last
-        image[offset - first : offset - first + len(left)] = left
-        last = offset + len(left)
+    end = 0
+    for offset, run in nonzero_runs((first, data)):
+        assert offset >= end
+        image[offset - first : offset - first + len(run)] = run
+        end = offset + len(run)
     assert image == data
 
 
-def test_written_zeros_are_holes_in_the_opened_image(tmp_path):
+def test_opened_image_has_holes_for_zeros(tmp_path):
     data = bytes(200 * KIB) + b"\1" + bytes(300 * KIB)
     bundle = bundle_of(MemoryImage(data))
     open_bundle(bundle.manifest, bundle, private_key("user"), tmp_path / "image")

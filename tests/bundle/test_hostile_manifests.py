@@ -1,4 +1,4 @@
-"""A manifest is a stranger's file: nothing in it can reach out of the folder, blow up, or show two faces."""
+"""A manifest is untrusted: it cannot name files outside its folder, exhaust memory, or be read in two ways."""
 
 import html
 import os
@@ -19,25 +19,25 @@ def bundle():
     return bundle_of(MemoryImage(b"data" * 128))
 
 
-def replaced(bundle, element, text):
-    """The manifest with another text in the first element of a name."""
+def with_text(bundle, element, text):
+    """Return the manifest with another text in the first element with this name."""
     start, end = re.search(rf"<{element}[^>]*>([^<]*)".encode(), bundle.manifest).span(1)
     return bundle.manifest[:start] + text.encode() + bundle.manifest[end:]
 
 
-UNUSABLE = [
+REJECTED_NAMES = [
     "../x", "/etc/passwd", "a/b", "..", ".", "", "x" * 256, "ä" * 128, "../../tmp/x", "a/", "/", " .. ",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UNUSABLE)
+@pytest.mark.parametrize("name", REJECTED_NAMES)
 @pytest.mark.parametrize("element", ["filename", "image><name"])
-def test_part_name_that_leaves_the_folder_is_rejected(bundle, element, name):
+def test_name_outside_folder_is_rejected(bundle, element, name):
     with pytest.raises(ManifestError, match="name"):
-        read_manifest(replaced(bundle, element, name))
+        read_manifest(with_text(bundle, element, name))
 
 
-UNUSUAL = [
+ACCEPTED_NAMES = [
     ".hid",
     "...",
     "a&amp;b",
@@ -55,10 +55,10 @@ UNUSUAL = [
 ]
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("name", ACCEPTED_NAMES)
 @pytest.mark.parametrize("element", ["filename", "image><name"])
-def test_unusual_part_name_beside_the_manifest_is_accepted(bundle, element, name):
-    manifest = read_manifest(replaced(bundle, element, name))
+def test_unusual_name_in_folder_is_accepted(bundle, element, name):
+    manifest = read_manifest(with_text(bundle, element, name))
     assert html.unescape(name) in (manifest.name, manifest.parts[0].filename)
 
 
@@ -71,7 +71,7 @@ def test_unknown_encoding_is_rejected(bundle, encoding):
 def test_control_characters_are_rejected(bundle):
     for character in ("\0", "\1", "&#0;", "&#1;"):
         with pytest.raises(ManifestError):
-            read_manifest(replaced(bundle, "filename", f"a{character}b"))
+            read_manifest(with_text(bundle, "filename", f"a{character}b"))
 
 
 @pytest.mark.parametrize("name", ["; touch x ;", "$(touch x)", "`touch x`", "| touch x", "-rf", "a b'\"c"])
@@ -79,18 +79,18 @@ def test_part_name_is_never_executed(bundle, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     name = name.replace('"', "&quot;")
     with pytest.raises(PartMissingError):
-        open_bundle(replaced(bundle, "filename", name), DirectoryParts(tmp_path), private_key("user"), tmp_path / "i")
+        open_bundle(with_text(bundle, "filename", name), DirectoryParts(tmp_path), private_key("user"), tmp_path / "i")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_part_that_is_not_a_regular_file_does_not_block(bundle, tmp_path):
+def test_part_that_is_a_fifo_is_rejected_without_blocking(bundle, tmp_path):
     (part,) = bundle.parts
     os.mkfifo(tmp_path / part)
     with pytest.raises(PartMissingError, match="not a regular file"):
         verify_bundle(bundle.manifest, DirectoryParts(tmp_path))
 
 
-def test_too_large_part_is_not_read_to_its_end(bundle, tmp_path):
+def test_too_large_part_is_rejected_without_reading_all(bundle, tmp_path):
     (part,) = bundle.parts
     (tmp_path / part).touch()
     os.truncate(tmp_path / part, 1 << 40)
@@ -101,7 +101,7 @@ def test_too_large_part_is_not_read_to_its_end(bundle, tmp_path):
 BILLION_LAUGHS = "<!DOCTYPE manifest [<!ENTITY a 'ha'>{}]>".format(
     "".join(f"<!ENTITY {chr(98 + i)} '{f'&{chr(97 + i)};' * 10}'>" for i in range(20))
 )
-DOCUMENTS = {
+INVALID_DOCUMENTS = {
     "entity bomb": BILLION_LAUGHS + "<manifest>&u;</manifest>",
     "external entity": "<!DOCTYPE m [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><manifest><version>&x;</version></manifest>",
     "undeclared entity": "<manifest><version>&x;</version></manifest>",
@@ -110,17 +110,17 @@ DOCUMENTS = {
     "not closed": "<manifest><version>2007-10-10</version>",
     "two roots": "<manifest/><manifest/>",
     "another root": "<html/>",
-    "nothing": "",
-    "no XML": "\x1f\x8b\x08",
-    "a version nobody wrote": "<manifest><version>2011-06-17</version></manifest>",
+    "empty": "",
+    "not XML": "\x1f\x8b\x08",
+    "unknown version": "<manifest><version>2011-06-17</version></manifest>",
     "no image": "<manifest><version>2007-10-10</version></manifest>",
 }
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_text_that_is_no_manifest_is_rejected_at_once(document):
+@pytest.mark.parametrize("document", INVALID_DOCUMENTS)
+def test_read_manifest_rejects_invalid_document(document):
     with pytest.raises(ManifestError):
-        read_manifest(DOCUMENTS[document].encode())
+        read_manifest(INVALID_DOCUMENTS[document].encode())
 
 
 @pytest.mark.parametrize("path", sorted(VECTORS.glob("*/*.manifest.xml")), ids=lambda path: path.parent.name)
@@ -132,17 +132,19 @@ def test_manifest_cut_at_any_byte_is_reported_as_truncated(path):
 
 
 @pytest.mark.parametrize("text", [b"\x1f\x8b\x08", b"PK", b"\xa7" * 5000, b"\0\1\2"])
-def test_text_that_is_not_xml_is_not_reported_as_truncated(text):
+def test_binary_data_is_not_reported_as_truncated(text):
     with pytest.raises(ManifestError, match=r"not a manifest|NULs"):
         read_manifest(text)
 
 
 def test_unknown_elements_and_attributes_are_skipped(bundle):
-    more = bundle.manifest.replace(b"<bundler>", b"<a b='1'><image><name>../x</name></image><a/></a><bundler c='2'>", 1)
-    with pytest.raises(ManifestError):  # the first <image> would not be the signed one
-        read_manifest(more)
-    more = bundle.manifest.replace(b"</parts>", b"</parts><a b='1'>x<name>y</name><a/></a><a/>", 1)
-    assert read_manifest(more) == read_manifest(bundle.manifest)
+    changed = bundle.manifest.replace(
+        b"<bundler>", b"<a b='1'><image><name>../x</name></image><a/></a><bundler c='2'>", 1
+    )
+    with pytest.raises(ManifestError):  # the first <image> in the text is not the signed one
+        read_manifest(changed)
+    changed = bundle.manifest.replace(b"</parts>", b"</parts><a b='1'>x<name>y</name><a/></a><a/>", 1)
+    assert read_manifest(changed) == read_manifest(bundle.manifest)
 
 
 def test_too_large_manifest_is_not_parsed(monkeypatch):
@@ -153,9 +155,9 @@ def test_too_large_manifest_is_not_parsed(monkeypatch):
 
 @pytest.mark.parametrize("text", ["-1", "1e9", "0x10", "9" * 19, "1.5", "", "½"])
 @pytest.mark.parametrize("element", ["size", "bundled_size"])
-def test_absurd_sizes_are_rejected(bundle, element, text):
+def test_invalid_sizes_are_rejected(bundle, element, text):
     with pytest.raises(ManifestError):
-        read_manifest(replaced(bundle, element, text))
+        read_manifest(with_text(bundle, element, text))
 
 
 @pytest.mark.parametrize("count", ["0", "2", "-1", "999999999999", "9" * 40, "x"])
@@ -164,8 +166,8 @@ def test_wrong_part_count_is_rejected(bundle, count):
         read_manifest(bundle.manifest.replace(b"count='1'", f"count='{count}'".encode()))
 
 
-def test_signature_is_checked_before_the_content_that_it_covers(bundle):
-    manifest = replaced(bundle, "filename", "../../etc/passwd")
+def test_signature_is_checked_before_signed_content(bundle):
+    manifest = with_text(bundle, "filename", "../../etc/passwd")
     with pytest.raises(ManifestError):
         verify_bundle(manifest, bundle)
     with pytest.raises(SignatureError):
@@ -193,18 +195,18 @@ def part(index, filename="p", digest="0" * 40):
         part(0).replace("</part>", "<filename>q</filename></part>"),
     ],
 )
-def test_part_indexes_start_at_zero_without_gaps(bundle, parts):
+def test_invalid_part_list_is_rejected(bundle, parts):
     listed = re.sub(b"<part .*</part>", parts.encode(), bundle.manifest)
     with pytest.raises(ManifestError):
         read_manifest(listed.replace(b"count='1'", f"count='{parts.count('<part')}'".encode()))
 
 
-IMAGE = re.compile(rb"<image>.*</image>")
+IMAGE_ELEMENT = re.compile(rb"<image>.*</image>")
 
 
-def two_faced(manifest):
-    """Manifests whose first textual <image> is the signed one, while a parser would see another, and the reverse."""
-    signed = IMAGE.search(manifest)[0]
+def ambiguous_manifests(manifest):
+    """Return manifests in which a text search and an XML parser find different <image> elements, one of them signed."""
+    signed = IMAGE_ELEMENT.search(manifest)[0]
     evil = signed.replace(b"<image><name>disk</name>", b"<image><name>evil</name>")
     evil_tag = evil.replace(b"<image>", b"<image a='1'>")
     return {
@@ -215,13 +217,13 @@ def two_faced(manifest):
         "twice": manifest.replace(signed, signed + evil),
         "before": manifest.replace(signed, evil + signed),
         "attribute": manifest.replace(signed, evil_tag),
-        "a comment is all": manifest.replace(signed, b"<!--" + signed + b"-->"),
+        "only a comment": manifest.replace(signed, b"<!--" + signed + b"-->"),
         "wrapped": manifest.replace(signed, b"<image a='1'>" + signed + evil[len(b"<image>") :]),
     }
 
 
 @pytest.mark.parametrize(
-    "face",
+    "variant",
     [
         "comment",
         "CDATA",
@@ -231,13 +233,13 @@ def two_faced(manifest):
         "before",
         "attribute",
         "wrapped",
-        "a comment is all",
+        "only a comment",
     ],
 )
-def test_verified_text_is_the_text_that_is_read(bundle, face):
+def test_ambiguous_signed_element_is_rejected(bundle, variant):
     verify_bundle(bundle.manifest, bundle, certificate=certificate("user"))
     with pytest.raises((ManifestError, SignatureError)):
-        verify_bundle(two_faced(bundle.manifest)[face], bundle, certificate=certificate("user"))
+        verify_bundle(ambiguous_manifests(bundle.manifest)[variant], bundle, certificate=certificate("user"))
 
 
 def test_harmless_comment_is_accepted(bundle):
@@ -245,7 +247,7 @@ def test_harmless_comment_is_accepted(bundle):
     verify_bundle(manifest, bundle, certificate=certificate("user"))
 
 
-OLD = """<manifest><version>{version}</version>
+OLD_MANIFEST = """<manifest><version>{version}</version>
   <image><name>old</name><user>495219933132</user>
     <digest algorithm="SHA1">{zeros}</digest><size>1</size><bundled_size>1</bundled_size>
     <ec2_encrypted_key algorithm="AES-128-CBC">00</ec2_encrypted_key><ec2_encrypted_iv>00</ec2_encrypted_iv>
@@ -254,13 +256,13 @@ OLD = """<manifest><version>{version}</version>
 
 
 @pytest.mark.parametrize("version", ["3", "20070829", "2007-08-29", "2007-10-10"])
-def test_every_version_and_any_white_space_is_accepted(version):
-    manifest = read_manifest(OLD.format(version=version, zeros="0" * 40).encode())
+def test_old_versions_and_white_space_are_accepted(version):
+    manifest = read_manifest(OLD_MANIFEST.format(version=version, zeros="0" * 40).encode())
     assert (manifest.architecture, manifest.type, manifest.is_signed) == ("i386", "machine", False)
     assert manifest.parts[0].filename == "old.part.0"
 
 
-def test_everything_that_ec2_ami_tools_write_is_accepted(bundle):
+def test_all_elements_of_ec2_ami_tools_are_read(bundle):
     machine = (
         b"<machine_configuration><architecture>i386</architecture><block_device_mapping>"
         b"<mapping><virtual>ami</virtual><device>sda1</device></mapping>"

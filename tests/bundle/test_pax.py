@@ -1,4 +1,4 @@
-"""Sparse members in PAX's format, as GNU tar and bsdtar write them, and as a stranger might."""
+"""Sparse tar members in PAX format: as written by GNU tar and bsdtar, and with invalid maps."""
 
 import subprocess
 import tracemalloc
@@ -17,7 +17,7 @@ VERSION = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file of holes and data, more extents than a block of the map holds."""
+    """A file with holes and with more extents than fit into one block of the map."""
     path = tmp_path / "disk"
     with path.open("wb") as file:
         file.truncate(16 * MIB + 1000)
@@ -29,31 +29,31 @@ def disk(tmp_path):
     return path
 
 
-def archived(*command, cwd):
+def create_archive(*command, cwd):
     return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, check=True).stdout
 
 
 @pytest.mark.parametrize("detection", ["seek", "raw"])
-@pytest.mark.parametrize("bite", [100, 512, MIB])
-def test_archive_of_gnu_tar_is_read(disk, detection, bite):
-    data = archived("tar", "-cS", "--format=posix", f"--hole-detection={detection}", "disk", cwd=disk.parent)
+@pytest.mark.parametrize("piece_size", [100, 512, MIB])
+def test_archive_of_gnu_tar_is_read(disk, detection, piece_size):
+    data = create_archive("tar", "-cS", "--format=posix", f"--hole-detection={detection}", "disk", cwd=disk.parent)
     assert b"GNU.sparse.major=1" in data
-    assert read_tar(data, disk.stat().st_size, bite) == disk.read_bytes()
+    assert read_tar(data, disk.stat().st_size, piece_size) == disk.read_bytes()
 
 
 def test_archive_of_bsdtar_is_read(disk):
     program = require("bsdtar", package="libarchive-tools")
-    data = archived(program, "-c", "--format=pax", "-f", "-", "disk", cwd=disk.parent)
+    data = create_archive(program, "-c", "--format=pax", "-f", "-", "disk", cwd=disk.parent)
     assert b"GNU.sparse.major=1" in data
     assert read_tar(data, disk.stat().st_size) == disk.read_bytes()
 
 
 @pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
 @pytest.mark.parametrize("name", ["disk", "disk" * 60])
-def test_every_sparse_version_of_gnu_tar_is_read_as_by_bsdtar(disk, tmp_path, version, name):
+def test_each_sparse_version_of_gnu_tar_is_read_as_by_bsdtar(disk, tmp_path, version, name):
     disk.rename(tmp_path / name)
-    words = ("--format=posix", f"--sparse-version={version}", "--hole-detection=raw")
-    data = archived("tar", "-cS", *words, name, cwd=tmp_path)
+    options = ("--format=posix", f"--sparse-version={version}", "--hole-detection=raw")
+    data = create_archive("tar", "-cS", *options, name, cwd=tmp_path)
     assert f"GNU.sparse.{'major=1' if version == '1.0' else 'size'}".encode() in data
     image = read_tar(data, (tmp_path / name).stat().st_size, 1000)
     program = require("bsdtar", package="libarchive-tools")
@@ -61,10 +61,10 @@ def test_every_sparse_version_of_gnu_tar_is_read_as_by_bsdtar(disk, tmp_path, ve
 
 
 def sparse(size, numbers, data=b"", **records):
-    """A member with this map and this data."""
-    said = {**VERSION, "GNU.sparse.realsize": str(size), **records}
+    """Return a tar stream of one sparse member with this map (PAX 1.0) and data."""
+    all_records = {**VERSION, "GNU.sparse.realsize": str(size), **records}
     text = numbers if isinstance(numbers, bytes) else b"".join(b"%d\n" % number for number in numbers)
-    lines = b"".join(record(key, value) for key, value in said.items() if value is not None)
+    lines = b"".join(record(key, value) for key, value in all_records.items() if value is not None)
     header = tar_of(lines, type=b"x")[: 512 + len(lines) + -len(lines) % 512]
     return header + tar_of(text + bytes(-len(text) % 512) + data)
 
@@ -78,7 +78,7 @@ def record(key, value):
     raise AssertionError
 
 
-def test_handmade_archive_is_read():
+def test_sparse_map_is_read():
     image = read_tar(sparse(4096, [2, 512, 512, 4096, 0], SECTOR), 4096)
     assert image == bytes(512) + SECTOR + bytes(3072)
 
@@ -108,7 +108,7 @@ def test_archive_without_data_is_a_hole():
     ],
     ids=[
         "descending", "overlapping", "too-long", "beyond-the-end", "odd-in-the-middle", "more-than-stored",
-        "less-than-stored", "too-many", "far-too-many", "negative", "no-number", "empty", "absurd", "endless", "none",
+        "less-than-stored", "too-many", "far-too-many", "negative", "no-digits", "empty", "absurd", "endless", "none",
     ],
 )  # fmt: skip
 def test_wrong_sparse_map_is_rejected_before_any_data(numbers):
@@ -122,7 +122,7 @@ def test_truncated_sparse_map_is_rejected():
         read_tar(data[: 3 * 512 + 512], 4096)
 
 
-def test_sparse_map_cost_is_linear():
+def test_memory_of_sparse_map_is_limited():
     numbers = [100_000, *(number for i in range(100_000) for number in (1024 * i, 512))]
     data = sparse(1 << 30, numbers)
     tracemalloc.start()
@@ -134,8 +134,8 @@ def test_sparse_map_cost_is_linear():
         tracemalloc.stop()
 
 
-def old_sparse(lines, data=SECTOR):
-    """A member whose map stands in its PAX header."""
+def sparse_with_map_in_header(lines, data=SECTOR):
+    """Return a tar stream of one sparse member whose map is in its PAX header (PAX 0.0 and 0.1)."""
     text = b"".join(record(key, value) for key, value in lines)
     return tar_of(text, type=b"x")[: 512 + len(text) + -len(text) % 512] + tar_of(data)
 
@@ -153,8 +153,8 @@ TEXT = "GNU.sparse.map"
         [("GNU.sparse.major", 0), ("GNU.sparse.minor", 1), SIZE, (TEXT, "512,512")],
     ],
 )
-def test_sparse_map_in_the_header_is_read(lines):
-    assert read_tar(old_sparse(lines), 4096) == bytes(512) + SECTOR + bytes(3072)
+def test_sparse_map_in_pax_header_is_read(lines):
+    assert read_tar(sparse_with_map_in_header(lines), 4096) == bytes(512) + SECTOR + bytes(3072)
 
 
 @pytest.mark.parametrize(
@@ -179,15 +179,15 @@ def test_sparse_map_in_the_header_is_read(lines):
         [*[(f"comment{i}", i) for i in range(1001)], SIZE, (TEXT, "512,512")],
     ],
 )  # fmt: skip
-def test_wrong_sparse_map_in_the_header_is_rejected(lines):
+def test_wrong_sparse_map_in_pax_header_is_rejected(lines):
     with pytest.raises(ContentError, match=r"PAX|map"):
-        next(image_runs([old_sparse(lines)], 4096))
+        next(image_runs([sparse_with_map_in_header(lines)], 4096))
 
 
 def test_second_pax_header_of_a_member_is_rejected():
-    twice = old_sparse([SIZE, (TEXT, "512,512")])
+    member = sparse_with_map_in_header([SIZE, (TEXT, "512,512")])
     with pytest.raises(ContentError, match="second PAX header"):
-        next(image_runs([twice[:1024], twice], 4096))
+        next(image_runs([member[:1024], member], 4096))
 
 
 @pytest.mark.parametrize("length", ["0" * 4400 + "10", "0000000010", "99999999999", "9" * 4500, "x", ""])
@@ -213,6 +213,6 @@ def test_pax_records_without_required_fields_are_rejected(records):
         read_tar(sparse(4096, [1, 0, 512], SECTOR, **records), 4096)
 
 
-def test_size_that_differs_from_the_manifest_is_rejected_before_any_data():
+def test_size_that_differs_from_manifest_is_rejected_before_any_data():
     with pytest.raises(ContentError, match="the manifest states"):
         next(image_runs([sparse(4096, [1, 0, 512], SECTOR)], 8192))

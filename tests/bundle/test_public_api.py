@@ -8,7 +8,7 @@ from support.bundles.sample_bundles import MemoryImage, certificate, private_key
 from thrave import bundle
 
 
-def test_example_in_the_docstring_seals_and_opens_an_image(tmp_path):
+def test_docstring_example_seals_and_opens_image(tmp_path):
     example = textwrap.dedent(bundle.__doc__.partition("::\n")[2])
     content = bytes(range(256)) * 1000
     names = {
@@ -22,7 +22,7 @@ def test_example_in_the_docstring_seals_and_opens_an_image(tmp_path):
     assert (tmp_path / "winami.img").read_bytes() == content
 
 
-def test_bundle_package_lists_each_export_in_one_module():
+def test_each_exported_name_has_one_module():
     exports = [name for names in bundle._MODULES.values() for name in names]
     assert sorted(exports) == sorted(bundle.__all__)
 

@@ -1,4 +1,4 @@
-"""Any image, sealed and opened again, is the same image, with its holes where they were."""
+"""An image that is sealed and opened again has the same bytes and about the same holes."""
 
 import tempfile
 from pathlib import Path
@@ -15,7 +15,7 @@ BLOCK = 4096
 
 @st.composite
 def images(draw):
-    """An image of up to 1 MiB: runs of data of three kinds and holes, ending anywhere."""
+    """Generate images of up to 1 MiB with holes and three kinds of data; the size may be odd."""
     runs = draw(
         st.lists(st.tuples(st.sampled_from(["hole", "zeros", "text", "noise"]), st.integers(1, 12)), max_size=20)
     )
@@ -26,9 +26,9 @@ def images(draw):
             spans.append((len(content), length))
         noise = Random(number).randbytes(length)
         content += {"noise": noise, "text": b"text" * (length // 4)}.get(kind, bytes(length))
-    odd = draw(st.integers(1, BLOCK))
-    spans.append((len(content), odd))
-    return MemoryImage(content + b"\x01" * odd, spans)
+    tail_size = draw(st.integers(1, BLOCK))
+    spans.append((len(content), tail_size))
+    return MemoryImage(content + b"\x01" * tail_size, spans)
 
 
 @settings(max_examples=60, deadline=None)

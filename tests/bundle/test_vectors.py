@@ -1,4 +1,4 @@
-"""Bundles that other programs made, each as its maker wrote it, open to the image they were made from."""
+"""Bundles made by other programs, byte for byte, open to their original images."""
 
 import hashlib
 
@@ -13,39 +13,39 @@ from thrave.bundle.manifest_xml import verify_signature
 from thrave.bundle.opener import open_bundle, verify_bundle
 from thrave.bundle.verifier import CheckSubject
 
-TINY = ("58bf0107d43bc5b1cc409c14598d4200527d674a", 4194304)
+SMALL_IMAGE = ("58bf0107d43bc5b1cc409c14598d4200527d674a", 4194304)
 BUNDLES = {
     "ec2-ami-tools-1.5.3-dense-2-parts": ("0fc3b64b0304d6e6da8ed6d9b445371c34570f51", 25165824),
     "ec2-ami-tools-1.5.3-sparse": ("c9a6ef082b2daa44ba5aac84f19197a6f07870de", 67108864),
     "ec2-ami-tools-1.5.3-all-hole": ("57b587e1bf2d09335bdac6db18902d43dfe76449", 33554432),
-    "euca2ools-3.4.1": TINY,
-    "euca2ools-3.4.1-empty-last-part": TINY,
-    "euca2ools-3.4.1-unsigned": TINY,
-    "go_ami_tools": TINY,
+    "euca2ools-3.4.1": SMALL_IMAGE,
+    "euca2ools-3.4.1-empty-last-part": SMALL_IMAGE,
+    "euca2ools-3.4.1-unsigned": SMALL_IMAGE,
+    "go_ami_tools": SMALL_IMAGE,
 }
 ONE_READER = {"euca2ools-3.4.1-unsigned": "cloud", "go_ami_tools": "user"}
 UNSIGNED = "euca2ools-3.4.1-unsigned"
 READERS = [(name, reader) for name in BUNDLES for reader in ("user", "cloud") if ONE_READER.get(name, reader) == reader]
-STRANGERS = [(name, "wrong") for name in BUNDLES]
-STRANGERS += [(UNSIGNED, "user"), ("go_ami_tools", "cloud")]
+WRONG_READERS = [(name, "wrong") for name in BUNDLES]
+WRONG_READERS += [(UNSIGNED, "user"), ("go_ami_tools", "cloud")]
 
 
-def read(name):
+def read_vector(name):
     (manifest,) = (VECTORS / name).glob("*.manifest.xml")
     return manifest.read_bytes(), DirectoryParts(VECTORS / name)
 
 
 @pytest.mark.parametrize(("name", "reader"), READERS)
 def test_vector_opens_to_its_image_for_each_reader(name, reader, tmp_path):
-    manifest, parts = read(name)
+    manifest, parts = read_vector(name)
     opened = open_bundle(manifest, parts, private_key(reader), tmp_path / "image")
     image = opened.output.read_bytes()
     assert (hashlib.sha1(image).hexdigest(), len(image)) == BUNDLES[name]
 
 
-@pytest.mark.parametrize(("name", "reader"), STRANGERS)
-def test_vector_rejects_a_key_of_another_reader(name, reader, tmp_path):
-    manifest, parts = read(name)
+@pytest.mark.parametrize(("name", "reader"), WRONG_READERS)
+def test_vector_rejects_key_of_other_reader(name, reader, tmp_path):
+    manifest, parts = read_vector(name)
     with pytest.raises(WrongKeyError):
         open_bundle(manifest, parts, private_key(reader), tmp_path / "image")
     assert list(tmp_path.iterdir()) == []
@@ -53,14 +53,14 @@ def test_vector_rejects_a_key_of_another_reader(name, reader, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(BUNDLES.keys() - {UNSIGNED}))
 def test_vector_signature_verifies_with_its_signer_only(name):
-    manifest, _ = read(name)
+    manifest, _ = read_vector(name)
     verify_signature(manifest, read_manifest(manifest).signature, certificate("user"))
     with pytest.raises(SignatureError):
         verify_signature(manifest, read_manifest(manifest).signature, certificate("cloud"))
 
 
-def test_unsigned_vector_verifies_only_without_required_signer():
-    manifest, parts = read(UNSIGNED)
+def test_unsigned_vector_verifies_only_without_certificate():
+    manifest, parts = read_vector(UNSIGNED)
     verified = verify_bundle(manifest, parts)
     assert [check.detail for check in verified.checks if check.subject is CheckSubject.SIGNATURE] == [
         "the bundle is not signed"
@@ -70,26 +70,26 @@ def test_unsigned_vector_verifies_only_without_required_signer():
 
 
 def test_vector_holes_are_restored(tmp_path):
-    manifest, parts = read("ec2-ami-tools-1.5.3-sparse")
+    manifest, parts = read_vector("ec2-ami-tools-1.5.3-sparse")
     opened = open_bundle(manifest, parts, private_key("user"), tmp_path / "image")
     assert opened.output.stat().st_blocks * 512 < 2 * 1024 * 1024
 
 
-class TestARealBundleOf2009:
-    """Made by ec2-ami-tools 1.3-26357; its part 0 is lost, and nobody has the key."""
+class TestBundleOf2009:
+    """A bundle made by ec2-ami-tools 1.3-26357 in 2009. Its part 0 is lost, and no key that opens it is known."""
 
     folder = VECTORS / "ec2-ami-tools-1.3-26357-real-2009"
 
     def certificate(self):
         return x509.load_pem_x509_certificate((self.folder / "user-cert.pem").read_bytes())
 
-    def test_its_signature_and_the_digest_of_its_last_part_hold(self):
+    def test_signature_and_digest_of_last_part_are_correct(self):
         manifest = (self.folder / "test-file.manifest.xml").read_bytes()
         verify_signature(manifest, read_manifest(manifest).signature, self.certificate())
         part = read_manifest(manifest).parts[1]
         assert hashlib.sha1((self.folder / part.filename).read_bytes()).hexdigest() == part.sha1
 
-    def test_reformatted_its_signature_fails(self):
+    def test_signature_of_reformatted_manifest_fails(self):
         manifest = (self.folder / "reformatted-signature-must-fail.xml").read_bytes()
         with pytest.raises(DamagedError):
             verify_bundle(manifest, DirectoryParts(self.folder), certificate=self.certificate())

@@ -22,7 +22,7 @@ from support.buckets.upload_policies import (
     signed_v4,
 )
 from support.bundles.sample_bundles import MemoryImage, bundle_of
-from support.bundles.tar_streams import resummed, tar_of
+from support.bundles.tar_streams import tar_of, with_checksum
 from thrave.buckets.errors import BucketError
 from thrave.buckets.upload_policy import UploadPolicy
 from thrave.bundle.errors import BundleError
@@ -111,7 +111,7 @@ def tar_stream(data: bytes) -> None:
     """The same, inflate: a tar with the image. Each header gets its checksum, which a fuzzer does not guess."""
     blocks = [data[at : at + 512].ljust(512, b"\0") for at in range(0, len(data), 512)]
     with suppress(BundleError):
-        for _ in image_runs((resummed(block) if block[257:262] == b"ustar" else block for block in blocks), 4096):
+        for _ in image_runs((with_checksum(block) if block[257:262] == b"ustar" else block for block in blocks), 4096):
             pass
 
 

@@ -1,4 +1,4 @@
-"""Damages a part, and every element and attribute of a manifest, one small change at a time."""
+"""Damaged parts and manifests. Each has one small change, in any part, element or attribute."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -7,20 +7,25 @@ from dataclasses import dataclass
 TOKEN = re.compile(r"<(?P<close>/?)(?P<tag>\w+)(?P<attributes>[^>]*)>")
 
 
-def flip(at: Callable[[int], int], bit: int) -> Callable[[bytes], bytes]:
-    """A function that changes a bit of what it is given, in the byte that `at` says for its size."""
+def flip_bit(position: Callable[[int], int], mask: int) -> Callable[[bytes], bytes]:
+    """Return a function that flips one bit of its argument.
 
-    def flipped(data: bytes) -> bytes:
-        index = at(len(data))
-        return data[:index] + bytes([data[index] ^ bit]) + data[index + 1 :]
+    Args:
+        position: Returns the index of the byte to change, given the size of the data.
+        mask: Has only the bit to flip.
+    """
 
-    return flipped
+    def flip(data: bytes) -> bytes:
+        index = position(len(data))
+        return data[:index] + bytes([data[index] ^ mask]) + data[index + 1 :]
+
+    return flip
 
 
-TO_A_PART: dict[str, Callable[[bytes], bytes]] = {
-    "flip first bit": flip(lambda _: 0, 0x80),
-    "flip middle bit": flip(lambda size: size // 2, 0x08),
-    "flip last bit": flip(lambda size: size - 1, 0x01),
+PART_DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "flip first bit": flip_bit(lambda _: 0, 0x80),
+    "flip middle bit": flip_bit(lambda size: size // 2, 0x08),
+    "flip last bit": flip_bit(lambda size: size - 1, 0x01),
     "truncate by a byte": lambda data: data[:-1],
     "truncate by a block": lambda data: data[:-16],
     "extend by a byte": lambda data: data + b"\0",
@@ -31,7 +36,7 @@ TO_A_PART: dict[str, Callable[[bytes], bytes]] = {
 
 @dataclass(frozen=True)
 class Element:
-    """Where an element and its content stand in the text."""
+    """Positions of an element and of its content in the text of a manifest."""
 
     path: str
     start: int
@@ -41,8 +46,8 @@ class Element:
     is_leaf: bool
 
 
-def elements(text: str) -> Iterator[Element]:
-    """The elements below <manifest>, in the order in which they end."""
+def find_elements(text: str) -> Iterator[Element]:
+    """Yield the elements below <manifest>, in the order of their closing tags."""
     stack: list[tuple[re.Match[str], bool]] = []
     for token in TOKEN.finditer(text):
         if not token["close"]:
@@ -55,23 +60,24 @@ def elements(text: str) -> Iterator[Element]:
             yield Element(path, opened.start(), opened.span("attributes"), content, token.end(), is_leaf)
 
 
-def other(character: str) -> str:
-    """Another character that is as good: a digit for a digit, a hex digit for a hex digit."""
+def other_digit(character: str) -> str:
+    """Return another character that is valid in the same place, in a number or a hex digest."""
     return "1" if character == "0" else "0"
 
 
-def changed(text: str, at: int) -> str:
-    return text[:at] + other(text[at]) + text[at + 1 :]
+def change_character(text: str, index: int) -> str:
+    """Return the text with another character at an index."""
+    return text[:index] + other_digit(text[index]) + text[index + 1 :]
 
 
-def damages(text: str) -> Iterator[tuple[str, str]]:
-    """Yield (what was done where, the damaged manifest) for each element and attribute."""
-    found = list(elements(text))
+def damaged_manifests(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (description of the damage, damaged manifest) for each element and attribute."""
+    found = list(find_elements(text))
     for element in found:
-        yield from _to_element(text, element)
+        yield from _damage_element(text, element)
         if element.is_leaf:
-            yield from _to_text(text, element)
-        yield from _to_attribute(text, element)
+            yield from _damage_text(text, element)
+        yield from _damage_attribute(text, element)
     starting = {element.start: element for element in found}
     for first in found:
         if second := starting.get(first.end):
@@ -79,24 +85,24 @@ def damages(text: str) -> Iterator[tuple[str, str]]:
             yield f"swap {first.path} with {second.path}", text[: first.start] + swapped + text[second.end :]
 
 
-def _to_element(text: str, element: Element) -> Iterator[tuple[str, str]]:
+def _damage_element(text: str, element: Element) -> Iterator[tuple[str, str]]:
     whole = text[element.start : element.end]
     yield f"drop {element.path}", text[: element.start] + text[element.end :]
     yield f"duplicate {element.path}", text[: element.end] + whole + text[element.end :]
 
 
-def _to_text(text: str, element: Element) -> Iterator[tuple[str, str]]:
+def _damage_text(text: str, element: Element) -> Iterator[tuple[str, str]]:
     start, end = element.content
-    yield f"change first of {element.path}", changed(text, start)
-    yield f"change middle of {element.path}", changed(text, (start + end) // 2)
-    yield f"change last of {element.path}", changed(text, end - 1)
+    yield f"change first of {element.path}", change_character(text, start)
+    yield f"change middle of {element.path}", change_character(text, (start + end) // 2)
+    yield f"change last of {element.path}", change_character(text, end - 1)
     yield f"truncate {element.path}", text[: end - 1] + text[end:]
     yield f"extend {element.path}", text[:end] + "0" + text[end:]
     yield f"empty {element.path}", text[:start] + text[end:]
 
 
-def _to_attribute(text: str, element: Element) -> Iterator[tuple[str, str]]:
+def _damage_attribute(text: str, element: Element) -> Iterator[tuple[str, str]]:
     start, end = element.attributes
     if start < end:
-        yield f"change attribute of {element.path}", changed(text, end - 2)
+        yield f"change attribute of {element.path}", change_character(text, end - 2)
         yield f"drop attribute of {element.path}", text[:start] + text[end:]

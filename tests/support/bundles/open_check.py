@@ -1,4 +1,4 @@
-"""Opens bundles of a test's server with every check and hashes the image."""
+"""Opens bundles of a test server with all checks, and returns the SHA-256 of the image."""
 
 import hashlib
 from pathlib import Path
@@ -11,12 +11,12 @@ from thrave.testing import ThraveServer
 
 
 def opened_sha256(server: ThraveServer, bucket: str, prefix: str, output: Path) -> str:
-    """Open a bundle with the service's key, every check on, and give the image's SHA-256."""
-    return sha256_of_folder(server, server.data.buckets / bucket, prefix, output)
+    """Open a bundle in a bucket with the service's key and all checks; return the SHA-256 of the image."""
+    return opened_folder_sha256(server, server.data.buckets / bucket, prefix, output)
 
 
-def sha256_of_folder(server: ThraveServer, folder: Path, prefix: str, output: Path) -> str:
-    """The same of a bundle whose files lie in a folder."""
+def opened_folder_sha256(server: ThraveServer, folder: Path, prefix: str, output: Path) -> str:
+    """Open a bundle in a local folder with the service's key and all checks; return the SHA-256 of the image."""
     manifest = (folder / manifest_filename(prefix)).read_bytes()
     bound = folder / bound_side_filename(prefix, manifest)
     open_bundle(

@@ -1,4 +1,4 @@
-"""Images in memory, bundles made from them, and the test keys."""
+"""Images in memory, bundles of such images, and the keys and certificates of the tests."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from thrave.bundle.side_file import write_side_file
 
 VECTORS = Path(__file__).parents[2] / "data" / "vectors"
 ACCOUNT = "123456789012"
-SECRETS = BundleKey(key=bytes(range(16)), iv=bytes(range(16, 32)))
+BUNDLE_KEY = BundleKey(key=bytes(range(16)), iv=bytes(range(16, 32)))
 SIDE_KEY = Ed25519PrivateKey.from_private_bytes(b"side".ljust(32))
 
 Span = tuple[int, int]
@@ -26,6 +26,7 @@ Span = tuple[int, int]
 
 @cache
 def private_key(name: str) -> RSAPrivateKey:
+    """Return a test key: "user", "cloud" (the service's), or "wrong", for which no vector is encrypted."""
     key = load_pem_private_key((VECTORS / "keys" / f"{name}-pk.pem").read_bytes(), None)
     assert isinstance(key, RSAPrivateKey)
     return key
@@ -33,12 +34,19 @@ def private_key(name: str) -> RSAPrivateKey:
 
 @cache
 def certificate(name: str) -> x509.Certificate:
+    """Return the certificate of the test key "user" or "cloud"."""
     return x509.load_pem_x509_certificate((VECTORS / "keys" / f"{name}-cert.pem").read_bytes())
 
 
 @dataclass
 class MemoryImage:
-    """Data at some extents; the rest is a hole. ``on_read`` is called with the offset before each read."""
+    """An image of bytes.
+
+    Attributes:
+        data: All bytes of the image; zeros where it has a hole.
+        spans: Extents with data, (offset, length) each; None: the whole image.
+        on_read: Called with the offset before each read.
+    """
 
     data: bytes
     spans: Sequence[Span] | None = None
@@ -61,7 +69,7 @@ class MemoryImage:
 
 @dataclass
 class PatternImage:
-    """An image of any size whose data costs no memory: every byte of an extent is the same."""
+    """An image of any size that needs no memory: every byte of an extent is 0x5A."""
 
     size: int
     spans: Sequence[Span]
@@ -78,7 +86,7 @@ class PatternImage:
 
 @dataclass(frozen=True)
 class Bundle:
-    """All files of a bundle in memory; also a ``PartSource``."""
+    """All files of a bundle in memory; also a `PartSource`."""
 
     manifest: bytes
     side_file: bytes
@@ -87,17 +95,19 @@ class Bundle:
 
     def read(self, filename: str) -> bytes:
         if filename not in self.parts:
-            raise PartMissingError(filename, "it was dropped")
+            raise PartMissingError(filename, "removed by the test")
         return self.parts[filename]
 
 
 def seal(image, prefix: str = "disk", **options) -> tuple[list[Part], SealedBundle]:
-    sealing = Sealer(image, prefix, bundle_key=SECRETS, **options)
-    parts = list(sealing.parts())
-    return parts, sealing.sealed
+    """Seal an image with `BUNDLE_KEY`; return its parts and its record."""
+    sealer = Sealer(image, prefix, bundle_key=BUNDLE_KEY, **options)
+    parts = list(sealer.parts())
+    return parts, sealer.sealed
 
 
 def manifest_of(sealed: SealedBundle) -> bytes:
+    """Return the manifest of a bundle for the readers "user" and "cloud", signed by "user"."""
     return write_manifest(
         sealed,
         account_id=ACCOUNT,
@@ -109,6 +119,7 @@ def manifest_of(sealed: SealedBundle) -> bytes:
 
 
 def bundle_of(image, prefix: str = "disk", **options) -> Bundle:
+    """Seal an image and return all files of the bundle."""
     parts, sealed = seal(image, prefix, **options)
     manifest = manifest_of(sealed)
     side_file = write_side_file(sealed, manifest, side_key=SIDE_KEY, signing_key=private_key("user"))

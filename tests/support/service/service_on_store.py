@@ -11,7 +11,7 @@ from pathlib import Path
 
 from botocore.config import Config
 
-from support.bundles.open_check import sha256_of_folder
+from support.bundles.open_check import opened_folder_sha256
 from support.disks.raw_disk import make_disk
 from support.servers import stores
 from support.service.bundle_tasks import await_task
@@ -84,5 +84,5 @@ class ServiceOnStore:
         for key in self.files():
             (folder / key).write_bytes(self.objects.get(self.bucket, key))
         output = self._folder / "opened.raw"
-        sha256_of_folder(self.server, folder, "winami", output)
+        opened_folder_sha256(self.server, folder, "winami", output)
         return output.read_bytes() == self.disk.read_bytes()

@@ -1,4 +1,4 @@
-"""Whatever a stranger writes, a reader answers with one of our errors or with data: never with anything else."""
+"""Readers return data or raise a `BundleError` for any input; no other exception."""
 
 import gzip
 from contextlib import suppress
@@ -6,7 +6,7 @@ from contextlib import suppress
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.bundles.sample_bundles import SECRETS, MemoryImage, bundle_of
+from support.bundles.sample_bundles import BUNDLE_KEY, MemoryImage, bundle_of
 from thrave.bundle.errors import BundleError
 from thrave.bundle.gzip_stream import inflate
 from thrave.bundle.manifest import read_manifest
@@ -37,25 +37,25 @@ WORDS = [
 
 @st.composite
 def mutations(draw, original, words=(b"",)):
-    """The original with a few stretches replaced by others: bytes, words, or pieces of itself."""
+    """Generate copies of the original with one to four ranges replaced by bytes, words or pieces of the original."""
     data = original
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))
         end = draw(st.integers(start, min(len(data), start + 300)))
-        own = draw(st.integers(0, len(original)))
-        pieces = st.one_of(st.binary(max_size=20), st.sampled_from([*words]), st.just(original[own : own + 200]))
+        source = draw(st.integers(0, len(original)))
+        pieces = st.one_of(st.binary(max_size=20), st.sampled_from([*words]), st.just(original[source : source + 200]))
         data = data[:start] + draw(pieces) + data[end:]
     return data
 
 
-def exhaust(items):
+def consume(items):
     for _ in items:
         pass
 
 
 @settings(max_examples=300, deadline=None)
 @given(mutations(BUNDLE.manifest, WORDS))
-def test_any_manifest_raises_only_our_errors(xml):
+def test_read_manifest_raises_only_bundle_errors(xml):
     with suppress(BundleError):
         manifest = read_manifest(xml)
         assert [part.index for part in manifest.parts] == list(range(len(manifest.parts)))
@@ -63,17 +63,17 @@ def test_any_manifest_raises_only_our_errors(xml):
 
 @settings(max_examples=300, deadline=None)
 @given(mutations(BUNDLE.side_file, [b'"', b"{", b"[", b"null", b"1e999", b"-0", b'"size": 1']))
-def test_any_side_file_raises_only_our_errors(data):
+def test_read_side_file_raises_only_bundle_errors(data):
     with suppress(BundleError):
         read_side_file(data)
 
 
 @settings(max_examples=300, deadline=None)
 @given(mutations(SPARSE), st.integers(1, 2000))
-def test_any_tar_stream_raises_only_our_errors(data, bite):
+def test_image_runs_raises_only_bundle_errors(data, piece_size):
     end = 0
     with suppress(BundleError):
-        for offset, run in image_runs((data[i : i + bite] for i in range(0, len(data), bite)), 1 << 20):
+        for offset, run in image_runs((data[i : i + piece_size] for i in range(0, len(data), piece_size)), 1 << 20):
             assert end <= offset
             end = offset + len(run)
             assert end <= 1 << 20
@@ -81,12 +81,12 @@ def test_any_tar_stream_raises_only_our_errors(data, bite):
 
 @settings(max_examples=300, deadline=None)
 @given(mutations(GZIP), st.integers(1, 2000))
-def test_any_gzip_stream_raises_only_our_errors(data, bite):
+def test_inflate_raises_only_bundle_errors(data, piece_size):
     with suppress(BundleError):
-        exhaust(inflate(memoryview(data)[i : i + bite] for i in range(0, len(data), bite)))
+        consume(inflate(memoryview(data)[i : i + piece_size] for i in range(0, len(data), piece_size)))
 
 
 @given(st.lists(st.binary(max_size=100), max_size=5))
-def test_any_ciphertext_raises_only_our_errors(parts):
+def test_decrypt_raises_only_bundle_errors(parts):
     with suppress(BundleError):
-        exhaust(decrypt(parts, SECRETS))
+        consume(decrypt(parts, BUNDLE_KEY))

@@ -1,4 +1,4 @@
-"""What we write, judged by the programs that everybody else has: GNU tar, openssl, gunzip, and REXML's spelling."""
+"""Bundles of Thrave are read by GNU tar, openssl and gunzip, and keep their bytes when REXML writes the manifest."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from support.bundles.sample_bundles import SECRETS, VECTORS, PatternImage, bundle_of, certificate, seal
+from support.bundles.sample_bundles import BUNDLE_KEY, VECTORS, PatternImage, bundle_of, certificate, seal
 from thrave.bundle.gzip_stream import inflate
 from thrave.bundle.manifest_xml import signed_bytes, verify_signature
 from thrave.bundle.opener import decrypt
@@ -19,7 +19,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 GNU_TAR = ["tar", "-cS", "--owner=root:0", "--group=root:0", "--mode=0644", "--mtime=@0"]
 
-# name: size and the extents of data. Multiples of 4 KiB, the grain of holes in Linux's file systems.
+# Name: size and extents of data. Offsets are multiples of 4 KiB, the granularity of holes in Linux file systems.
 LAYOUTS = {
     "dense": (3 * MIB, [(0, 3 * MIB)]),
     "dense-odd-size": (100_001, [(0, 100_001)]),
@@ -54,7 +54,7 @@ def run(*command, stdin=None, cwd=None):
 
 
 def assert_same_files(*paths):
-    """Compare size, extents and data, and so 20 GiB with holes in no time."""
+    """Compare size, extents and data of two files. Holes are not read, so files of 20 GiB take no time."""
     contents = []
     for path in paths:
         with open_volume(path, "raw") as volume, path.open("rb") as file:
@@ -64,7 +64,7 @@ def assert_same_files(*paths):
 
 
 def tar_stream(parts):
-    return b"".join(inflate(decrypt([bytes(part.data) for part in parts], SECRETS)))
+    return b"".join(inflate(decrypt([bytes(part.data) for part in parts], BUNDLE_KEY)))
 
 
 def test_tar_stream_equals_gnu_tar(raw_file):
@@ -75,7 +75,7 @@ def test_tar_stream_equals_gnu_tar(raw_file):
     assert sealed.digest == hashlib.sha1(expected).hexdigest()
 
 
-def test_member_name_longer_than_the_tar_field_is_written(tmp_path):
+def test_long_member_name_is_written_as_by_gnu_tar(tmp_path):
     for length in (99, 100, 101, 200):
         path = tmp_path / ("n" * length)
         path.write_bytes(b"x" * 512)
@@ -84,7 +84,7 @@ def test_member_name_longer_than_the_tar_field_is_written(tmp_path):
         assert tar_stream(parts) == run(*GNU_TAR, path.name, cwd=tmp_path)
 
 
-def test_member_above_8_gib_has_the_header_of_gnu_tar(tmp_path):
+def test_header_of_member_above_8_gib_equals_gnu_tar(tmp_path):
     size = 8 * GIB + 4 * KIB
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", size)
@@ -96,33 +96,36 @@ def test_member_above_8_gib_has_the_header_of_gnu_tar(tmp_path):
 
 
 @pytest.mark.parametrize("compression", ["fast", "small"])
-def test_openssl_gunzip_and_tar_open_the_bundle(raw_file, compression, tmp_path):
+def test_openssl_gunzip_and_tar_open_bundle(raw_file, compression, tmp_path):
     with open_volume(raw_file, "raw") as volume:
         parts, _ = seal(volume, raw_file.name, compression=compression, part_size=256 * KIB)
-    decipher = ["openssl", "enc", "-d", "-aes-128-cbc", "-K", SECRETS.key.hex(), "-iv", SECRETS.iv.hex()]
+    decrypt_command = ["openssl", "enc", "-d", "-aes-128-cbc", "-K", BUNDLE_KEY.key.hex(), "-iv", BUNDLE_KEY.iv.hex()]
     target = tmp_path / "opened"
     target.mkdir()
-    compressed = run(*decipher, stdin=b"".join(part.data for part in parts))
+    compressed = run(*decrypt_command, stdin=b"".join(part.data for part in parts))
     run("tar", "-xS", stdin=run("gunzip", stdin=compressed), cwd=target)
     assert_same_files(raw_file, target / raw_file.name)
 
 
-def rexml(element):
-    """What REXML writes of a parsed document: how ec2-ami-tools 1.5.3 sees a manifest before it verifies it."""
+def serialize_like_rexml(element):
+    """Return an element as REXML writes it.
+
+    ec2-ami-tools 1.5.3 verifies the signature over a manifest in this form.
+    """
     attributes = "".join(f" {name}='{value}'" for name, value in element.attrib.items())
-    inside = (element.text or "") + "".join(rexml(child) + (child.tail or "") for child in element)
-    return f"<{element.tag}{attributes}>{inside}</{element.tag}>" if inside else f"<{element.tag}{attributes}/>"
+    content = (element.text or "") + "".join(serialize_like_rexml(child) + (child.tail or "") for child in element)
+    return f"<{element.tag}{attributes}>{content}</{element.tag}>" if content else f"<{element.tag}{attributes}/>"
 
 
-def test_strictest_verifier_accepts_the_manifest():
+def test_signature_is_valid_after_rexml_writes_manifest():
     bundle = bundle_of(PatternImage(MIB, [(0, 4 * KIB)]), part_size=64)
     document = ET.fromstring(bundle.manifest)
-    rewritten = ("<?xml version='1.0'?>" + rexml(document)).encode()
+    rewritten = ("<?xml version='1.0'?>" + serialize_like_rexml(document)).encode()
     assert rewritten == bundle.manifest
     verify_signature(rewritten, bytes.fromhex(document.findtext("signature")), certificate("user"))
 
 
-def test_openssl_verifies_the_signature_over_two_elements(tmp_path):
+def test_openssl_verifies_signature_over_two_elements(tmp_path):
     bundle = bundle_of(PatternImage(MIB, []))
     (tmp_path / "signature").write_bytes(bytes.fromhex(ET.fromstring(bundle.manifest).findtext("signature")))
     start, end = bundle.manifest.index(b"<machine_conf"), bundle.manifest.index(b"<signature>")
@@ -132,7 +135,7 @@ def test_openssl_verifies_the_signature_over_two_elements(tmp_path):
     assert run(*check, stdin=bundle.manifest[start:end], cwd=tmp_path).strip() == b"Verified OK"
 
 
-def test_elements_have_the_order_of_ec2_ami_tools():
+def test_manifest_has_element_order_of_ec2_ami_tools():
     image = ET.fromstring(bundle_of(PatternImage(MIB, [])).manifest)
     assert [child.tag for child in image] == ["version", "bundler", "machine_configuration", "image", "signature"]
     assert [child.tag for child in image.find("image")] == [

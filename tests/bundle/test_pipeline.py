@@ -1,4 +1,4 @@
-"""Threads that work for one stream: in order, within bounds, never left behind."""
+"""`Pipeline` keeps the order of items, limits queues, and stops all its threads."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import pytest
 from thrave.pipeline import BoundedQueue, Pipeline, StoppedError
 
 
-def crew_threads():
+def pipeline_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("bundle-")]
 
 
@@ -21,23 +21,23 @@ def test_map_returns_results_in_order():
         assert list(pipeline.map(slowest_first, range(10), limit=4)) == [n * n for n in range(10)]
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 8])
-def test_ahead_makes_no_more_than_its_limit(ahead):
-    made = []
+@pytest.mark.parametrize("capacity", [1, 3, 8])
+def test_prefetch_reads_at_most_capacity_items_ahead(capacity):
+    items_read = []
 
     def numbers():
         for number in range(100):
-            made.append(number)
+            items_read.append(number)
             yield number
 
     with Pipeline(1) as pipeline:
-        items = pipeline.prefetch(numbers(), ahead)
+        items = pipeline.prefetch(numbers(), capacity)
         assert next(items) == 0
         time.sleep(0.05)
-        assert len(made) <= ahead + 2
+        assert len(items_read) <= capacity + 2
 
 
-def test_ahead_returns_all_items_before_the_error():
+def test_map_yields_all_results_before_error():
     def failing():
         yield from range(3)
         raise OSError("no more")
@@ -48,54 +48,54 @@ def test_ahead_returns_all_items_before_the_error():
     assert found == ["0", "1", "2"]
 
 
-def test_exit_stops_threads_that_wait_at_either_end():
+def test_exit_stops_threads_waiting_for_queue():
     with Pipeline(2) as pipeline:
         empty: BoundedQueue[int] = pipeline.queue(1)
         pipeline.prefetch(iter(empty.get, None), 1)
         pipeline.prefetch(iter(int, 1), 1)
-        assert len(crew_threads()) == 2
-    assert crew_threads() == []
+        assert len(pipeline_threads()) == 2
+    assert pipeline_threads() == []
 
 
-def test_stop_before_start_takes_effect_at_start():
+def test_stop_before_start_stops_new_stage():
     pipeline = Pipeline(1)
     pipeline.stop()
     with pipeline, pytest.raises(StoppedError):
         next(pipeline.prefetch(range(10), 1))
-    assert crew_threads() == []
+    assert pipeline_threads() == []
 
 
-def test_closed_channel_accepts_and_returns_nothing():
-    channel: BoundedQueue[int] = BoundedQueue(1)
-    channel.put(1)
-    channel.close()
-    for use in (channel.get, lambda: channel.put(2)):
+def test_closed_queue_refuses_put_and_get():
+    queue: BoundedQueue[int] = BoundedQueue(1)
+    queue.put(1)
+    queue.close()
+    for use in (queue.get, lambda: queue.put(2)):
         with pytest.raises(StoppedError):
             use()
 
 
-def test_exit_abandons_stage_that_hangs_until_its_read_ends():
-    lets_go = threading.Event()
+def test_exit_abandons_stage_that_hangs_in_read():
+    release = threading.Event()
 
     def hanging():
         yield 1
-        lets_go.wait()
+        release.wait()
         yield 2
 
     with Pipeline(1) as pipeline:
         assert next(pipeline.prefetch(hanging(), 1)) == 1
-    (left,) = crew_threads()
-    lets_go.set()
-    left.join(10)
-    assert crew_threads() == []
+    (abandoned,) = pipeline_threads()
+    release.set()
+    abandoned.join(10)
+    assert pipeline_threads() == []
 
 
-def test_exit_abandons_hanging_call_and_wakes_its_waiter():
-    begun, lets_go, woken = threading.Event(), threading.Event(), []
+def test_exit_abandons_hanging_call_and_wakes_consumer():
+    started, release, woken = threading.Event(), threading.Event(), []
 
     def hang(_item):
-        begun.set()
-        lets_go.wait()
+        started.set()
+        release.wait()
 
     def consume(results):
         with pytest.raises(StoppedError):
@@ -105,10 +105,10 @@ def test_exit_abandons_hanging_call_and_wakes_its_waiter():
     with Pipeline(1) as pipeline:
         consumer = threading.Thread(target=consume, args=[pipeline.map(hang, range(4), 2)])
         consumer.start()
-        assert begun.wait(60)
+        assert started.wait(60)
     consumer.join(60)
     assert woken
-    lets_go.set()
-    for thread in crew_threads():
+    release.set()
+    for thread in pipeline_threads():
         thread.join(60)
-    assert crew_threads() == []
+    assert pipeline_threads() == []

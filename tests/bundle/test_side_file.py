@@ -1,4 +1,4 @@
-"""The side file: what it proves, to whom, and that it cannot be talked out of it."""
+"""The side file: which keys certify it, and which changes of parts, manifest and side file it detects."""
 
 import base64
 import dataclasses
@@ -8,13 +8,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from support.bundles.sample_bundles import SIDE_KEY, MemoryImage, bundle_of, certificate, private_key
-from thrave.bundle import side_file as sidefile
+from thrave.bundle import side_file as side_file_module
 from thrave.bundle.errors import PartDamagedError, SideFileError
 from thrave.bundle.opener import verify_bundle
 from thrave.bundle.side_file import read_side_file, write_side_file
 from thrave.bundle.verifier import CheckSubject
 
-STRANGER = Ed25519PrivateKey.from_private_bytes(b"stranger".ljust(32))
+OTHER_KEY = Ed25519PrivateKey.from_private_bytes(b"other".ljust(32))
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,12 @@ def side_key_check(verified):
     return check.checked, check.detail
 
 
-def test_signer_certificate_suffices_to_trust_side_file(bundle):
+def test_signer_certificate_is_sufficient_to_trust_side_file(bundle):
     verified = verify(bundle, bundle.side_file, certificate=certificate("user"))
     assert side_key_check(verified) == (True, "certified by the signer of the manifest")
 
 
-def test_known_side_key_suffices_to_trust_side_file(bundle):
+def test_known_side_key_is_sufficient_to_trust_side_file(bundle):
     verified = verify(bundle, bundle.side_file, side_key=SIDE_KEY.public_key())
     assert side_key_check(verified) == (True, "the given side key")
 
@@ -48,7 +48,7 @@ def test_side_key_without_certificate_is_reported_as_not_checked(bundle):
 
 def test_unknown_side_key_is_rejected(bundle):
     with pytest.raises(SideFileError, match="another key"):
-        verify(bundle, bundle.side_file, side_key=STRANGER.public_key())
+        verify(bundle, bundle.side_file, side_key=OTHER_KEY.public_key())
 
 
 def test_known_side_key_requires_a_side_file(bundle):
@@ -56,14 +56,14 @@ def test_known_side_key_requires_a_side_file(bundle):
         verify(bundle, None, side_key=SIDE_KEY.public_key())
 
 
-def test_side_key_not_signed_by_the_signer_is_rejected(bundle):
-    forged = write_side_file(bundle.sealed, bundle.manifest, side_key=STRANGER, signing_key=private_key("wrong"))
+def test_side_key_not_certified_by_signer_is_rejected(bundle):
+    forged = write_side_file(bundle.sealed, bundle.manifest, side_key=OTHER_KEY, signing_key=private_key("wrong"))
     with pytest.raises(SideFileError, match="not certified"):
         verify(bundle, forged, certificate=certificate("user"))
 
 
 def test_side_file_detects_part_with_colliding_sha1(bundle):
-    """Somebody who can make SHA-1 collide cannot make SHA-256 collide: here the recorded SHA-256 differs."""
+    """A part with the SHA-1 of another part, made by a SHA-1 collision, has another SHA-256 than the side file."""
     parts = (dataclasses.replace(bundle.sealed.parts[0], sha256="0" * 64), *bundle.sealed.parts[1:])
     other = dataclasses.replace(bundle.sealed, parts=parts)
     side_file = write_side_file(other, bundle.manifest, side_key=SIDE_KEY, signing_key=private_key("user"))
@@ -72,28 +72,28 @@ def test_side_file_detects_part_with_colliding_sha1(bundle):
 
 
 @pytest.mark.parametrize("change", [lambda parts: parts[:-1], lambda parts: parts[::-1]])
-def test_side_file_must_list_exactly_the_parts_of_the_manifest(bundle, change):
+def test_side_file_with_other_parts_than_manifest_is_rejected(bundle, change):
     other = dataclasses.replace(bundle.sealed, parts=change(bundle.sealed.parts))
     side_file = write_side_file(other, bundle.manifest, side_key=SIDE_KEY, signing_key=private_key("user"))
     with pytest.raises(SideFileError, match="other parts"):
         verify(bundle, side_file)
 
 
-def scalars(document, path=()):
-    """The paths of all values in a JSON document that are no containers."""
+def scalar_paths(document, path=()):
+    """Yield the path of each value in a JSON document that is not an object or array."""
     if isinstance(document, dict | list):
         for key in document if isinstance(document, dict) else range(len(document)):
-            yield from scalars(document[key], (*path, key))
+            yield from scalar_paths(document[key], (*path, key))
     else:
         yield path
 
 
 def with_value(document, path, value):
     copy = json.loads(json.dumps(document))
-    at = copy
+    container = copy
     for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
+        container = container[key]
+    container[path[-1]] = value
     return json.dumps(copy).encode()
 
 
@@ -105,7 +105,7 @@ def other_value(value):
 
 def test_side_file_detects_any_changed_value(bundle):
     document = json.loads(bundle.side_file)
-    for path in scalars(document):
+    for path in scalar_paths(document):
         value = document
         for key in path:
             value = value[key]
@@ -114,14 +114,14 @@ def test_side_file_detects_any_changed_value(bundle):
                 verify(bundle, with_value(document, path, changed), certificate=certificate("user"))
 
 
-def test_side_file_may_have_any_json_layout(bundle):
+def test_side_file_with_other_json_layout_is_accepted(bundle):
     document = json.loads(bundle.side_file)
-    for text in (json.dumps(document), json.dumps(document, sort_keys=True, indent=7)):
-        verify(bundle, text.encode(), certificate=certificate("user"))
+    for data in (json.dumps(document), json.dumps(document, sort_keys=True, indent=7)):
+        verify(bundle, data.encode(), certificate=certificate("user"))
 
 
 @pytest.mark.parametrize(
-    "text",
+    "data",
     [
         b"",
         b"null",
@@ -135,9 +135,9 @@ def test_side_file_may_have_any_json_layout(bundle):
         b'{"contents": 1e999}',
     ],
 )
-def test_text_that_is_no_side_file_is_rejected(text):
+def test_read_side_file_rejects_invalid_data(data):
     with pytest.raises(SideFileError):
-        read_side_file(text)
+        read_side_file(data)
 
 
 def test_signed_side_file_of_another_format_is_rejected(bundle):
@@ -150,6 +150,6 @@ def test_signed_side_file_of_another_format_is_rejected(bundle):
 
 
 def test_too_large_side_file_is_not_parsed(monkeypatch):
-    monkeypatch.setattr(sidefile, "MAX_SIDE_FILE_BYTES", 10)
+    monkeypatch.setattr(side_file_module, "MAX_SIDE_FILE_BYTES", 10)
     with pytest.raises(SideFileError, match="more than"):
         read_side_file(b"{" * 11)

@@ -1,4 +1,4 @@
-"""The image file: whole and under its name, or not there at all."""
+"""`image_file` creates a complete file under its name, or no file."""
 
 import os
 from contextlib import nullcontext
@@ -16,8 +16,8 @@ KIB = 1024
 
 
 @pytest.fixture(params=["unnamed", "named"], autouse=True)
-def kind(request, monkeypatch):
-    """Both kinds of files; not every file system has those without a name."""
+def temporary_file(request, monkeypatch):
+    """Run each test with unnamed and with named temporary files; some file systems have no unnamed ones."""
     if request.param == "named":
         monkeypatch.setattr(image_output, "_create_unnamed", lambda _: None)
     return request.param
@@ -31,8 +31,8 @@ def write(path, size, *runs):
 
 def test_unwritten_range_is_a_hole(tmp_path):
     write(tmp_path / "image", 10_000_001, (4096, b"data"))
-    content = (tmp_path / "image").read_bytes()
-    assert content == bytes(4096) + b"data" + bytes(10_000_001 - 4100)
+    data = (tmp_path / "image").read_bytes()
+    assert data == bytes(4096) + b"data" + bytes(10_000_001 - 4100)
     assert (tmp_path / "image").stat().st_blocks * 512 <= 8 * KIB
 
 
@@ -41,7 +41,7 @@ def test_output_is_readable_by_owner_only(tmp_path):
     assert (tmp_path / "image").stat().st_mode & 0o777 == 0o600
 
 
-def test_old_file_is_unchanged_until_the_end(tmp_path):
+def test_existing_file_is_unchanged_until_end(tmp_path):
     (tmp_path / "image").write_text("old")
     with image_file(tmp_path / "image", 3) as image:
         image.write(0, memoryview(b"new"))
@@ -49,32 +49,34 @@ def test_old_file_is_unchanged_until_the_end(tmp_path):
     assert (tmp_path / "image").read_text() == "new"
 
 
-def test_output_has_no_name_before_the_end(tmp_path, kind):
+def test_output_has_no_name_before_end(tmp_path, temporary_file):
     with image_file(tmp_path / "image", 3, replace=False) as image:
-        assert len(list(tmp_path.iterdir())) == (kind == "named")
+        assert len(list(tmp_path.iterdir())) == (temporary_file == "named")
         assert image.name.stat().st_size == 3
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
 
 
-def test_file_created_meanwhile_is_not_replaced(tmp_path):
+def test_file_created_by_other_process_is_not_replaced(tmp_path):
     with pytest.raises(OutputExistsError), image_file(tmp_path / "image", 3, replace=False):
         (tmp_path / "image").write_text("old")
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
     assert (tmp_path / "image").read_text() == "old"
 
 
-@pytest.mark.parametrize(("there", "is_kept"), [(b"\0\0a", True), (b"\0\0b", False), (b"\0\0a\0", False), (b"", False)])
-def test_protected_file_with_same_content_is_kept(tmp_path, there, is_kept):
-    (tmp_path / "image").write_bytes(there)
+@pytest.mark.parametrize(
+    ("existing", "is_kept"), [(b"\0\0a", True), (b"\0\0b", False), (b"\0\0a\0", False), (b"", False)]
+)
+def test_protected_file_with_same_content_is_kept(tmp_path, existing, is_kept):
+    (tmp_path / "image").write_bytes(existing)
     context = nullcontext() if is_kept else pytest.raises(OutputExistsError)
     with context, image_file(tmp_path / "image", 3, replace=False) as image:
         image.write(2, memoryview(b"a"))
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
-    assert (tmp_path / "image").read_bytes() == there
+    assert (tmp_path / "image").read_bytes() == existing
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
-def test_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, error):
+def test_failure_keeps_existing_file_and_removes_output(tmp_path, error):
     (tmp_path / "image").write_text("old")
     with pytest.raises(error), image_file(tmp_path / "image", 3):
         raise error
@@ -83,14 +85,14 @@ def test_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, error):
 
 
 @pytest.mark.parametrize("size", [1 << 60, (1 << 63) - 1])
-def test_size_that_the_disk_refuses_raises_our_error(tmp_path, size):
+def test_impossible_size_raises_output_error(tmp_path, size):
     with pytest.raises(OutputError, match="cannot write"):
         write(tmp_path / "image", size)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("target", ["no/such/folder/image", "."])
-def test_impossible_target_raises_our_error(tmp_path, target):
+def test_impossible_target_raises_output_error(tmp_path, target):
     with pytest.raises(OutputError):
         write(tmp_path / target, 1)
     assert list(tmp_path.iterdir()) == []

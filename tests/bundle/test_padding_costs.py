@@ -1,6 +1,7 @@
-"""What padding in a stranger's bundle costs its reader: time in proportion to its size, memory of a few times that.
+"""CPU time and memory of reading padding in a bundle from an unknown source. Both must grow linearly with its size.
 
-Each kind of padding is read in two sizes. What counts is the ratio of the two, and to a sound manifest of that size.
+Each kind of padding is read in two sizes. The test compares the CPU times of both sizes, and compares the larger one
+with a valid manifest of the same size.
 """
 
 import gzip
@@ -23,10 +24,10 @@ from thrave.bundle.tar_writer import TarMember
 
 KIB, MIB = 1024, 1024 * 1024
 SMALL, FACTOR = 256 * KIB, 8
-SLACK = 3  # caches, collections of garbage, other processes
-BASE = 6 * MIB  # buffers that do not depend on what is read
-PER_BYTE = 12
-DEAREST = 8  # times a sound manifest of the same size; skipping bytes one at a time is twenty times as dear
+TOLERANCE = 3  # factor for caches, garbage collection, and other processes
+BASE_MEMORY = 6 * MIB  # bytes of buffers whose size does not depend on the input
+MEMORY_PER_BYTE = 12
+MAX_COST = 8  # times that of a valid manifest of the same size; skipping bytes one at a time costs 20 times as much
 
 
 def gunzip(data):
@@ -40,7 +41,7 @@ def untar(data):
 
 
 def member(data=b"", flags=0, extra=b""):
-    """A gzip member with optional fields in its header."""
+    """Return a gzip member with optional fields in its header."""
     trailer = struct.pack("<II", zlib.crc32(data), len(data))
     return b"\x1f\x8b\x08" + bytes([flags]) + bytes(6) + extra + zlib.compress(data, wbits=-15) + trailer
 
@@ -87,16 +88,16 @@ def gnu_map(extents):
 
 
 def pax_map(numbers, count):
-    said = {b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.realsize": b"%d" % (1 << 40)}
+    records = {b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.realsize": b"%d" % (1 << 40)}
     lines = b"%d\n" % count + b"".join(b"%d\n" % number for number in numbers)
-    return extended(b"".join(map(record, said.keys(), said.values()))) + header(1 << 33) + blocks(lines)
+    return extended(b"".join(map(record, records.keys(), records.values()))) + header(1 << 33) + blocks(lines)
 
 
 def extents(count, length):
     return [(1024 * at, length) for at in range(count)]
 
 
-def flat(count, length):
+def flat_extents(count, length):
     return [number for extent in extents(count, length) for number in extent]
 
 
@@ -109,22 +110,22 @@ def number_records(count, length):
 
 
 def text_map(count, length):
-    return record(b"GNU.sparse.map", b",".join(b"%d" % number for number in flat(count, length)))
+    return record(b"GNU.sparse.map", b",".join(b"%d" % number for number in flat_extents(count, length)))
 
 
 TAR = {
     "old GNU map": lambda n: gnu_map(extents(n // 24, 512)),
     "old GNU map, empty extents": lambda n: gnu_map(extents(n // 24, 0)),
-    "PAX 1.0 map": lambda n: pax_map(flat(n // 12, 512), n // 12),
-    "PAX 1.0 map, empty extents": lambda n: pax_map(flat(n // 10, 0), n // 10),
+    "PAX 1.0 map": lambda n: pax_map(flat_extents(n // 12, 512), n // 12),
+    "PAX 1.0 map, empty extents": lambda n: pax_map(flat_extents(n // 10, 0), n // 10),
     "PAX 1.0 map, one number": lambda n: pax_map([], 1) + b"9" * n,
     "PAX 0.0 records": lambda n: extended(SIZE + number_records(n // 60, 512)) + header(512),
     "PAX 0.0 records, empty extents": lambda n: extended(SIZE + number_records(n // 60, 0)) + header(512),
     "PAX 0.1 map": lambda n: extended(SIZE + text_map(n // 12, 512)) + header(512),
     "PAX 0.1 map, empty extents": lambda n: extended(SIZE + text_map(n // 10, 0)) + header(512),
     "PAX 0.1 map, one number": lambda n: extended(SIZE + record(b"GNU.sparse.map", b"9" * n)) + header(512),
-    "PAX records, the same": lambda n: extended(b"5 a=\n" * (n // 5)) + header(512),
-    "PAX records, each another": lambda n: extended(b"".join(b"13 %07d=x\n"[:13] % i for i in range(n // 13))),
+    "PAX records, all equal": lambda n: extended(b"5 a=\n" * (n // 5)) + header(512),
+    "PAX records, all different": lambda n: extended(b"".join(b"13 %07d=x\n"[:13] % i for i in range(n // 13))),
     "PAX record, long": lambda n: extended(record(b"comment", b"x" * n)) + header(512),
     "PAX record, long key": lambda n: extended(record(b"x" * n, b"")) + header(512),
     "PAX record, long length": lambda n: extended(b"1" * n + b" size=5\n") + header(512),
@@ -153,10 +154,10 @@ def parts(count):
 
 XML = {
     "parts": lambda n: parts(n // 110),
-    "parts without anything": lambda n: manifest(parts="<part/>" * (n // 7), count=n // 7),
+    "empty parts": lambda n: manifest(parts="<part/>" * (n // 7), count=n // 7),
     "parts without texts": lambda n: manifest(parts="<part><filename/><digest/></part>" * (n // 33), count=n // 33),
-    "unknown elements, the same": lambda n: manifest(machine="<a/>" * (n // 4)),
-    "unknown elements, each another": lambda n: manifest(machine="".join(f"<a{i:07}/>" for i in range(n // 11))),
+    "unknown elements, all equal": lambda n: manifest(machine="<a/>" * (n // 4)),
+    "unknown elements, all different": lambda n: manifest(machine="".join(f"<a{i:07}/>" for i in range(n // 11))),
     "attributes": lambda n: manifest(machine="<a " + " ".join(f"a{i:07}=''" for i in range(n // 12)) + "/>"),
     "attributes of many elements": lambda n: manifest(
         machine=("<a " + " ".join(f"a{i:04}=''" for i in range(6000)) + "/>") * (n // 54_000)
@@ -202,7 +203,7 @@ JSON = {
     "parts": lambda n: side_parts(n // 130),
     "lists": lambda n: side("{}")[:-1] + b',"x":[' + b"[]," * (n // 3) + b"[]]}",
     "nested lists": lambda n: side("[" * n),
-    "deep but few": lambda n: side('{"a":' * 900 + '"' + "x" * n + '"' + "}" * 900),
+    "deep nesting of few objects": lambda n: side('{"a":' * 900 + '"' + "x" * n + '"' + "}" * 900),
     "objects": lambda n: side("{}")[:-1] + b',"x":[' + b"{}," * (n // 3) + b"{}]}",
     "numbers": lambda n: side('{"x":[' + ",".join(["1000"] * (n // 5)) + "]}"),
     "texts": lambda n: side('{"x":[' + ",".join(['"ab"'] * (n // 5)) + "]}"),
@@ -213,49 +214,49 @@ JSON = {
     "white space": lambda n: side(" " * n + "{}"),
 }
 PADDINGS = [
-    pytest.param(take, make, id=f"{kind}: {name}")
-    for kind, take, makes in (
+    pytest.param(read, make, id=f"{kind}: {name}")
+    for kind, read, make_functions in (
         ("gzip", gunzip, GZIP),
         ("tar", untar, TAR),
         ("manifest", read_manifest, XML),
         ("side file", read_side_file, JSON),
     )
-    for name, make in makes.items()
+    for name, make in make_functions.items()
 ]
 
 
-def seconds(take, data):
-    """CPU time of reading it, the least of some tries."""
-    tries = []
+def seconds(read, data):
+    """Return the CPU time of reading the data: the least of three measurements, in seconds."""
+    measured = []
     for _ in range(3):
-        begun = time.thread_time()
+        started = time.thread_time()
         with suppress(BundleError):
-            take(data)
-        tries.append(time.thread_time() - begun)
-    return min(tries)
+            read(data)
+        measured.append(time.thread_time() - started)
+    return min(measured)
 
 
-def memory(take, data):
-    """The most bytes that Python's objects take while it is read."""
+def memory(read, data):
+    """Return the peak memory of Python objects while the data is read, in bytes."""
     tracemalloc.start()
     try:
         with suppress(BundleError):
-            take(data)
+            read(data)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
 @pytest.fixture(scope="module")
-def sound():
-    """What a sound manifest of the larger size costs."""
+def valid_manifest_cost():
+    """CPU time of reading a valid manifest of the larger size."""
     return seconds(read_manifest, parts(FACTOR * SMALL // 110))
 
 
-@pytest.mark.parametrize(("take", "make"), PADDINGS)
-def test_padding_costs_time_and_memory_in_proportion_to_its_size(take, make, sound):
+@pytest.mark.parametrize(("read", "make"), PADDINGS)
+def test_reading_padding_has_linear_cost(read, make, valid_manifest_cost):
     small, large = make(SMALL), make(FACTOR * SMALL)
-    cost = seconds(take, large)
-    assert cost <= SLACK * FACTOR * max(seconds(take, small), sound / FACTOR)
-    assert cost <= DEAREST * sound
-    assert memory(take, large) <= BASE + PER_BYTE * len(large)
+    cost = seconds(read, large)
+    assert cost <= TOLERANCE * FACTOR * max(seconds(read, small), valid_manifest_cost / FACTOR)
+    assert cost <= MAX_COST * valid_manifest_cost
+    assert memory(read, large) <= BASE_MEMORY + MEMORY_PER_BYTE * len(large)

@@ -1,4 +1,4 @@
-"""An image that goes to a pipe: whole, or too short and an error; never a byte of a part that was not verified."""
+"""Opening to a pipe writes the complete image, or a part of it and fails. No byte of an unverified part is written."""
 
 import dataclasses
 import os
@@ -9,27 +9,27 @@ from random import Random
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from support.bundles.bundle_damage import TO_A_PART
-from support.bundles.sample_bundles import SECRETS, MemoryImage, bundle_of, certificate, private_key
+from support.bundles.bundle_damage import PART_DAMAGES
+from support.bundles.sample_bundles import BUNDLE_KEY, MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle.errors import BundleError, ContentError, OutputError, PartDamagedError, PartMissingError
 from thrave.bundle.image_output import image_stream
 from thrave.bundle.opener import open_bundle_to
 
 PART = 4096
-HEADER = 512  # of a member without holes
+HEADER = 512  # bytes of the tar header of a member without holes
 KIB = 1024
 DATA = Random(7).randbytes(20_000) + bytes(480)
 
 
 @pytest.fixture(scope="module")
 def bundle():
-    made = bundle_of(MemoryImage(DATA), part_size=PART)
-    assert len(made.parts) > 4
-    return made
+    bundle = bundle_of(MemoryImage(DATA), part_size=PART)
+    assert len(bundle.parts) > 4
+    return bundle
 
 
 class Pipe:
-    """A pipe that is read all the time."""
+    """A pipe that a thread reads to its end."""
 
     def __enter__(self):
         reading, self.end = os.pipe()
@@ -50,8 +50,8 @@ class Pipe:
         return image_stream(self.end, size)
 
 
-def stream(bundle, **trust):
-    """What came out, and the error."""
+def open_to_pipe(bundle, **trust):
+    """Open a bundle to a pipe; return the bytes written and the error, or None."""
     with Pipe() as pipe:
         error = None
         try:
@@ -61,13 +61,13 @@ def stream(bundle, **trust):
     return pipe.content, error
 
 
-def with_everything(bundle):
-    return stream(bundle, certificate=certificate("user"), side_file=bundle.side_file)
+def open_to_pipe_with_all_checks(bundle):
+    return open_to_pipe(bundle, certificate=certificate("user"), side_file=bundle.side_file)
 
 
 def verified_bytes(bundle, count):
-    """Bytes of the image that the first parts, but not all of them, hold."""
-    decryptor = Cipher(algorithms.AES(SECRETS.key), modes.CBC(SECRETS.iv)).decryptor()
+    """Return how many bytes of the image the first `count` parts have; `count` is less than all parts."""
+    decryptor = Cipher(algorithms.AES(BUNDLE_KEY.key), modes.CBC(BUNDLE_KEY.iv)).decryptor()
     plain = decryptor.update(b"".join(list(bundle.parts.values())[:count]))
     return max(0, len(zlib.decompressobj(31).decompress(plain)) - HEADER)
 
@@ -83,58 +83,58 @@ def verified_bytes(bundle, count):
     ],
     ids=["dense", "all-hole", "holes-around", "hole-last", "odd-end"],
 )
-def test_stream_has_the_whole_image_with_zeros_for_holes(size, spans):
+def test_stream_has_complete_image_with_zeros_for_holes(size, spans):
     content = bytearray(size)
     for offset, length in spans:
         content[offset : offset + length] = Random(offset).randbytes(length)
-    assert with_everything(bundle_of(MemoryImage(bytes(content), spans))) == (content, None)
+    assert open_to_pipe_with_all_checks(bundle_of(MemoryImage(bytes(content), spans))) == (content, None)
 
 
 @pytest.mark.parametrize("index", range(5))
-@pytest.mark.parametrize("damage", [*TO_A_PART, "missing"])
-def test_stream_ends_before_a_damaged_part(bundle, index, damage):
+@pytest.mark.parametrize("damage", [*PART_DAMAGES, "missing"])
+def test_stream_ends_before_damaged_part(bundle, index, damage):
     name = list(bundle.parts)[index]
     parts = dict(bundle.parts)
     if damage == "missing":
         del parts[name]
     else:
-        parts[name] = TO_A_PART[damage](parts[name])
-    content, error = with_everything(dataclasses.replace(bundle, parts=parts))
+        parts[name] = PART_DAMAGES[damage](parts[name])
+    content, error = open_to_pipe_with_all_checks(dataclasses.replace(bundle, parts=parts))
     assert isinstance(error, PartMissingError if damage == "missing" else PartDamagedError)
     assert DATA.startswith(content)
     assert len(content) <= verified_bytes(bundle, index)
 
 
-def test_stream_is_not_delayed_before_a_damaged_part():
+def test_stream_has_most_data_before_damaged_part():
     data = Random(8).randbytes(8 << 20)
     bundle = bundle_of(MemoryImage(data), part_size=1 << 20)
     name = list(bundle.parts)[-1]
-    content, error = with_everything(dataclasses.replace(bundle, parts={**bundle.parts, name: b""}))
+    content, error = open_to_pipe_with_all_checks(dataclasses.replace(bundle, parts={**bundle.parts, name: b""}))
     assert isinstance(error, PartDamagedError)
     assert data.startswith(content)
     assert len(content) >= 5 << 20
 
 
 @pytest.mark.parametrize("hole_at_the_end", [False, True])
-def test_stream_is_short_if_only_the_last_check_fails(hole_at_the_end):
+def test_stream_is_incomplete_if_last_check_fails(hole_at_the_end):
     data = Random(9).randbytes(3 << 20)
     image = MemoryImage(data + bytes(1 << 20), [(0, 3 << 20)]) if hole_at_the_end else MemoryImage(data)
-    made = bundle_of(image)
-    forged = made.manifest.replace(made.sealed.digest.encode(), b"0" * 40)
-    content, error = stream(dataclasses.replace(made, manifest=forged))
+    bundle = bundle_of(image)
+    forged = bundle.manifest.replace(bundle.sealed.digest.encode(), b"0" * 40)
+    content, error = open_to_pipe(dataclasses.replace(bundle, manifest=forged))
     assert isinstance(error, ContentError)
     assert "SHA-1 of the tar" in str(error)
     assert 0 < len(content) < 3 << 20
     assert data.startswith(content)
 
 
-def test_wrong_signature_streams_nothing(bundle):
+def test_wrong_signature_writes_nothing(bundle):
     forged = bundle.manifest.replace(b"x86_64", b"x86_65")
-    content, error = stream(dataclasses.replace(bundle, manifest=forged), certificate=certificate("user"))
+    content, error = open_to_pipe(dataclasses.replace(bundle, manifest=forged), certificate=certificate("user"))
     assert (content, type(error).__name__) == (b"", "SignatureError")
 
 
-def test_closed_reader_raises_our_error(bundle):
+def test_closed_pipe_raises_output_error(bundle):
     reading, writing = os.pipe()
     os.close(reading)
     try:
