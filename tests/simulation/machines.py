@@ -18,7 +18,7 @@ from thrave.compute.errors import (
     RootVolumeInUse,
 )
 from thrave.compute.instance import Instance, InstanceState, OffReason, VolumeFile
-from thrave.compute.timeouts import report_progress
+from thrave.compute.progress_timeout import report_progress
 from thrave.volumes.base import Extent
 from thrave.volumes.errors import VolumeUnreadableError
 from thrave.write_guard import command_guard

@@ -11,7 +11,8 @@ from support.service.upload_bench import UploadBench, directory
 from thrave.compute.base import Overlay
 from thrave.compute.errors import HypervisorError
 from thrave.compute.instance import VolumeFile
-from thrave.compute.timeouts import check_command, report_progress
+from thrave.compute.progress_timeout import report_progress
+from thrave.compute.timeouts import check_command
 from thrave.tasks.errors import TaskCancelled
 from thrave.tasks.instance_power import RootOverlay
 from thrave.tasks.lease import LeaseExpiredError, LeaseTimer

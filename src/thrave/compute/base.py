@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thrave.compute.instance import Instance, InstanceState, VolumeFile
-from thrave.compute.timeouts import Pause
+from thrave.compute.progress_timeout import Pause
 
 
 class InstanceInventory(Protocol):

@@ -21,7 +21,8 @@ from thrave.compute.errors import (
 )
 from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
-from thrave.compute.timeouts import RunningTime, is_busy
+from thrave.compute.progress_timeout import RunningTime
+from thrave.compute.timeouts import is_busy
 from thrave.concurrency import Event, Lock, monotonic, new_event, new_lock, sleep, start_thread
 from thrave.write_guard import command_guard
 

@@ -2,10 +2,9 @@
 
 A thread that waits for libvirt cannot be interrupted. Once its caller has given up, the thread gives no further command
 (`check_command`), and the instance is busy until the thread ends (`is_busy`): its last command may still take effect.
-A command may come minutes after the decision to give it; another host may have the instance by then. Therefore a driver
-also checks right before each command whether this process may give it (`write_guard.py`).
-
-`ProgressPause` ends a long operation, such as a merge, only if it makes no progress.
+A thread may reach its command minutes after the command was decided; another host may have the instance by then.
+Therefore `check_command` also checks, right before each command, whether this process may give it (`write_guard.py`).
+How long a merge may make no progress is in `progress_timeout.py`.
 """
 
 from collections import Counter
@@ -14,8 +13,8 @@ from contextvars import ContextVar, copy_context
 from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
-from thrave.compute.errors import HypervisorError, HypervisorUnavailable
-from thrave.concurrency import Call, CallTimeoutError, Event, monotonic, new_event, new_lock
+from thrave.compute.errors import HypervisorUnavailable
+from thrave.concurrency import Call, CallTimeoutError, Event, new_event, new_lock
 from thrave.write_guard import command_guard
 
 TIMEOUT = 120.0  # seconds; a start may wait a minute for a guest that has just powered off
@@ -26,8 +25,8 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _given_up: ContextVar[Event | None] = ContextVar("given_up", default=None)
-"""Set if the caller of this thread does not wait any more."""
-_abandoned: Counter[str] = Counter()  # number of commands by instance id
+"""An event that is set once the caller of `call_with_timeout` has stopped waiting for this thread."""
+_abandoned: Counter[str] = Counter()  # by instance id: number of abandoned commands that have not ended
 _lock = new_lock()
 
 
@@ -120,63 +119,3 @@ def _release(instance_id: str) -> None:
 def _timeout_error(instance_id: str) -> HypervisorUnavailable:
     message = f"the hypervisor has not responded within {TIMEOUT:g} seconds"
     return HypervisorUnavailable(instance_id, message, waited=TIMEOUT)
-
-
-Pause = Callable[[float], object]
-"""Waits some seconds; may raise, to end the operation."""
-
-_MAX_COUNTED_INTERVAL = 2.0  # seconds between two pauses; the process was stopped for the rest
-
-
-class RunningTime:
-    """Measures the time in which this process ran. It may be stopped, or its machine paused, for hours.
-
-    Args:
-        max_interval: Seconds between two calls that count at most; the process was stopped for the rest.
-        clock: Seconds of a monotonic clock.
-    """
-
-    def __init__(self, max_interval: float, clock: Callable[[], float] = monotonic) -> None:
-        self._max_interval = max_interval
-        self._clock = clock
-        self._last_call = clock()
-
-    def passed(self) -> float:
-        """Return the counted seconds since the last call."""
-        now = self._clock()
-        passed, self._last_call = min(now - self._last_call, self._max_interval), now
-        return passed
-
-
-class ProgressPause:
-    """A `Pause` that raises an error if the operation makes no progress.
-
-    Args:
-        instance_id: The instance of the operation.
-        pause: Waits.
-        timeout: Seconds without progress.
-    """
-
-    def __init__(self, instance_id: str, pause: Pause, timeout: float) -> None:
-        self._instance_id = instance_id
-        self._pause = pause
-        self._timeout = timeout
-        self._running_time = RunningTime(_MAX_COUNTED_INTERVAL)
-        self._seconds_without_progress = 0.0
-
-    def __call__(self, seconds: float) -> None:
-        """Wait. Raises HypervisorError after `timeout` seconds without progress, and the errors of `pause`."""
-        self._pause(seconds)
-        self._seconds_without_progress += max(seconds, self._running_time.passed())
-        if self._seconds_without_progress >= self._timeout:
-            raise HypervisorError(self._instance_id, f"no progress for {self._timeout:g} seconds")
-
-    def record_progress(self) -> None:
-        """Count the timeout from now."""
-        self._seconds_without_progress = 0.0
-
-
-def report_progress(pause: Pause) -> None:
-    """Record progress of the operation if its pause is a `ProgressPause`."""
-    if isinstance(pause, ProgressPause):
-        pause.record_progress()

@@ -27,7 +27,7 @@ from thrave.compute.errors import (
 from thrave.compute.instance import TERMINATING, Instance, InstanceState
 from thrave.compute.power import STARTABLE_STATES, UP_STATES, power_lock, shut_down_guest
 from thrave.compute.power_records import PowerRecord, WantedPower
-from thrave.compute.timeouts import ProgressPause
+from thrave.compute.progress_timeout import ProgressPause
 from thrave.concurrency import Call, CallTimeoutError, monotonic, sleep
 from thrave.tasks.errors import TaskFailure, may_pass
 from thrave.tasks.failpoints import failpoint

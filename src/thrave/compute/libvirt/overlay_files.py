@@ -15,7 +15,7 @@ from pathlib import Path
 from thrave import files, programs
 from thrave.compute.errors import HypervisorError, ImageInUseError, LibraryNotInstalled
 from thrave.compute.libvirt.domain_xml import DiskImage
-from thrave.compute.timeouts import Pause, report_progress
+from thrave.compute.progress_timeout import Pause, report_progress
 
 _PACKAGE = "qemu-utils"
 _DEFINITIONS = Path("/etc/libvirt/qemu")

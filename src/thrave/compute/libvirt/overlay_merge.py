@@ -21,7 +21,8 @@ from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
 from thrave.compute.libvirt.domain_cache import DomainCache, DomainSnapshot, MetadataWriter, domain_errors_translated
 from thrave.compute.libvirt.domain_metadata import InstanceMetadata, OverlayMetadata
 from thrave.compute.libvirt.domain_xml import Disk, DiskImage, DomainDefinition, without_overlay
-from thrave.compute.timeouts import Pause, check_command, report_progress
+from thrave.compute.progress_timeout import Pause, report_progress
+from thrave.compute.timeouts import check_command
 
 
 class DiskLocation(StrEnum):

@@ -12,7 +12,7 @@ from thrave.compute.errors import HypervisorError, HypervisorUnavailable
 from thrave.compute.instance import VolumeFile
 from thrave.compute.libvirt import overlay_files, overlays
 from thrave.compute.libvirt.overlay_merge import OverlayMerge
-from thrave.compute.timeouts import ProgressPause, report_progress
+from thrave.compute.progress_timeout import ProgressPause, report_progress
 
 
 def test_progress_pause_never_ends_operation_with_progress():
