@@ -40,7 +40,7 @@ from thrave.tasks.models import (
     Step,
     StepDescription,
 )
-from thrave.volumes.image_rules import MARKS, REFERENCES, ImageRule
+from thrave.volumes.image_rules import FINDINGS, REFERENCES, ImageRule
 
 SOURCE = Path(__file__).parents[1] / "src" / "thrave"
 _OTHER_FOLDERS = ("volumes", "bundle", "buckets", "doctor", "cli", "demo")
@@ -169,7 +169,7 @@ both machines only read, such as a template below their overlays, is allowed.
 {references}
 ## Marks
 
-{marks}"""
+{findings}"""
 
 
 def disk_images() -> str:
@@ -180,7 +180,7 @@ def disk_images() -> str:
         for rule in rules:
             yield rule.format, rule.name, rule.where, f"`{rule.decision}`", rule.reason
 
-    return DISK_IMAGES.format(references=table(header, rows(REFERENCES)), marks=table(header, rows(MARKS)))
+    return DISK_IMAGES.format(references=table(header, rows(REFERENCES)), findings=table(header, rows(FINDINGS)))
 
 
 def failpoints() -> str:

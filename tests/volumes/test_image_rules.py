@@ -13,12 +13,12 @@ from support.disks.qemu_images import PASSPHRASE, converted, encrypted, qemu_img
 from thrave.volumes import vhd_headers
 from thrave.volumes.errors import ImageRefusedError, VolumeError, VolumeUnreadableError
 from thrave.volumes.formats import FORMATS, open_volume, read_metadata
-from thrave.volumes.image_rules import MARKS, REFERENCES, Decision
+from thrave.volumes.image_rules import FINDINGS, REFERENCES, Decision
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
 MAKERS = {}
-"""(format, name) of a rule -> function that creates an image with this reference or mark."""
+"""(format, name) of a rule -> function that creates an image with this reference or finding."""
 
 
 def makes(image_format, name):
@@ -420,7 +420,7 @@ def format_of(rule, image):
     return rule.format if rule.format != "any" else image.suffix[1:]
 
 
-@pytest.mark.parametrize("rule", [*REFERENCES, *MARKS], ids=lambda rule: f"{rule.format}: {rule.name}")
+@pytest.mark.parametrize("rule", [*REFERENCES, *FINDINGS], ids=lambda rule: f"{rule.format}: {rule.name}")
 def test_open_volume_follows_each_rule(raw, rule):
     image = MAKERS[rule.format, rule.name](raw)
     warnings = []
@@ -451,12 +451,12 @@ def secret_file_of(rule, secret_file):
 
 
 def test_every_rule_has_an_image_and_every_format_has_a_rule():
-    assert MAKERS.keys() == {(rule.format, rule.name) for rule in (*REFERENCES, *MARKS)}
-    assert {rule.format for rule in (*REFERENCES, *MARKS)} == {*FORMATS, "any"}
+    assert MAKERS.keys() == {(rule.format, rule.name) for rule in (*REFERENCES, *FINDINGS)}
+    assert {rule.format for rule in (*REFERENCES, *FINDINGS)} == {*FORMATS, "any"}
 
 
 @pytest.mark.parametrize(
-    "rule", [rule for rule in MARKS if rule.is_normal_while_running], ids=lambda rule: f"{rule.format}: {rule.name}"
+    "rule", [rule for rule in FINDINGS if rule.is_normal_while_running], ids=lambda rule: f"{rule.format}: {rule.name}"
 )
 def test_read_metadata_ignores_marks_of_a_running_machine(raw, rule):
     assert not read_metadata(MAKERS[rule.format, rule.name](raw), rule.format).warnings

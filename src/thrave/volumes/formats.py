@@ -99,7 +99,7 @@ def read_metadata(path: Path, image_format: str, *, directories: Sequence[Path] 
 
     Raises:
         VolumeError: As `open_volume`, except for errors that only QEMU or a lock can find, and without the rules about
-            marks that a running machine sets.
+            findings that a running machine causes.
     """
     with closing(ImageChain(path, image_format, directories, reads_content=False)) as chain:
         return VolumeMetadata(frozenset(chain.file_ids), frozenset(chain.written_ids), tuple(chain.warnings))

@@ -76,7 +76,7 @@ _END_CHECKS: dict[str, Callable[[HostFile], list[tuple[str, str]]]] = {
 
 
 class ImageWarning(NamedTuple):
-    """A mark that the owner of an image is informed of; `public` has no folders."""
+    """A finding about an image, as a warning for its owner; `public` contains no folder names."""
 
     text: str
     public: str
@@ -175,7 +175,7 @@ class ImageChain:
 
     Attributes:
         layers: The topmost image, then its backing images.
-        warnings: Marks that the owner is informed of.
+        warnings: Findings that the owner receives as warnings.
 
     Raises:
         VolumeError: An image cannot be read, locked or accepted.
@@ -287,7 +287,7 @@ class ImageChain:
     def _read_layer(self, file: HostFile, image_format: str, folders: AllowedFolders) -> Layer:
         metadata = HEADER_READERS[image_format](file)
         layer = Layer(file, image_format, metadata)
-        self._apply_rules(layer, file, metadata.marks)
+        self._apply_rules(layer, file, metadata.findings)
         if image_format != "vmdk" or not metadata.extents or file.read(0, 4) == b"KDMV":
             return layer
         if len(metadata.extents) > EXTENT_LIMIT:
@@ -305,9 +305,9 @@ class ImageChain:
         self._apply_rules(layer, file, vmdk_headers.read_extent(file, extent))
         return file
 
-    def _apply_rules(self, layer: Layer, file: HostFile, marks: Sequence[tuple[str, str]]) -> None:
-        """Refuse a file, or record a warning, as the rules for its marks say."""
-        for name, details in marks:
+    def _apply_rules(self, layer: Layer, file: HostFile, findings: Sequence[tuple[str, str]]) -> None:
+        """Refuse a file, or record a warning, as the rules for its findings say."""
+        for name, details in findings:
             rule = find_rule(layer.format, name)
             if rule.is_normal_while_running and not self._reads_content:
                 continue

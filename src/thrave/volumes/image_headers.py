@@ -1,4 +1,4 @@
-"""Reads the metadata of disk images: size, references to other files, marks. Here: raw, qcow2 and LUKS.
+"""Reads the metadata of disk images: size, references to other files, findings. Here: raw, qcow2 and LUKS.
 
 Headers are untrusted: each number is checked before it is used as an offset or length, and at most a few megabytes are
 read. Nothing is decided here (`image_rules` does that), no other file is opened, and no data of the guest is read.
@@ -43,7 +43,7 @@ class ImageMetadata:
 
     Attributes:
         size: Size of the disk as its guest sees it, in bytes; None if the format does not record it.
-        marks: (name of a rule in `image_rules.MARKS` or `image_rules.REFERENCES`, details or an empty text).
+        findings: (name of a rule in `image_rules.FINDINGS` or `image_rules.REFERENCES`, details or an empty text).
         backing: The backing file.
         extents: The other files with data of a VMDK.
         is_encrypted: Whether a passphrase is needed.
@@ -52,7 +52,7 @@ class ImageMetadata:
     """
 
     size: int | None
-    marks: list[tuple[str, str]] = field(default_factory=list)
+    findings: list[tuple[str, str]] = field(default_factory=list)
     backing: Reference | None = None
     extents: tuple[VmdkExtent, ...] = ()
     is_encrypted: bool = False
@@ -129,11 +129,11 @@ def guess_format(file: HostFile) -> str | None:
 
 
 def read_raw(file: HostFile) -> ImageMetadata:
-    """Read a raw disk, which has no header. LUKS at its beginning is no mark: a guest may encrypt its own disk."""
+    """Read a raw disk, which has no header. LUKS at its beginning is no finding: a guest may encrypt its own disk."""
     metadata = ImageMetadata(size=file.size)
     with suppress(VolumeUnreadableError):  # reading the disk will report the same error
         if (guess := guess_format(file)) not in {None, "luks"}:
-            metadata.marks.append(("looks like another format", str(guess)))
+            metadata.findings.append(("looks like another format", str(guess)))
     return metadata
 
 
@@ -172,7 +172,7 @@ def read_qcow2(file: HostFile) -> ImageMetadata:
     metadata = ImageMetadata(size=size, is_encrypted=crypt_method != 0)
     if _EXTERNAL_DATA_FILE in extensions:
         incompatible |= _DATA_FILE
-    metadata.marks.extend(_qcow2_marks(incompatible, snapshots))
+    metadata.findings.extend(_qcow2_findings(incompatible, snapshots))
     if backing_offset and backing_length:
         name = os.fsdecode(read_exactly(file, backing_offset, backing_length))
         backing_format = extensions.get(_BACKING_FORMAT)
@@ -183,7 +183,7 @@ def read_qcow2(file: HostFile) -> ImageMetadata:
 
 
 def check_qcow2_end(file: HostFile) -> list[tuple[str, str]]:
-    """Return the mark of a qcow2 image whose file ends within the data of a cluster, which `qemu-img check` accepts.
+    """Return the finding about a qcow2 file that ends within the data of a cluster, which `qemu-img check` accepts.
 
     Call it after `qemu-img check` has accepted the image, while nothing writes to it.
     """
@@ -225,8 +225,8 @@ def _find_entry(table: bytes, entry: bytes, size: int) -> int | None:
     return position if position >= 0 else None
 
 
-def _qcow2_marks(incompatible: int, snapshots: int) -> Iterator[tuple[str, str]]:
-    """Yield the marks for the bits of the incompatible features and the number of snapshots."""
+def _qcow2_findings(incompatible: int, snapshots: int) -> Iterator[tuple[str, str]]:
+    """Yield the findings for the bits of the incompatible features and the number of snapshots."""
     for bit, name in ((_DATA_FILE, "data file"), (_CORRUPT, "corrupt"), (_DIRTY, "dirty")):
         if incompatible & bit:
             yield name, ""
@@ -263,7 +263,7 @@ def read_luks(file: HostFile) -> ImageMetadata:
     if magic != b"LUKS\xba\xbe":
         raise VolumeUnreadableError(file.path, "it is not a disk in LUKS")
     if version != 1:
-        return ImageMetadata(size=None, is_encrypted=True, marks=[("version", str(version))])
+        return ImageMetadata(size=None, is_encrypted=True, findings=[("version", str(version))])
     (first_sector,) = struct.unpack(">I", read_exactly(file, 104, 4))
     if first_sector * SECTOR > file.size:
         raise VolumeUnreadableError(file.path, "it is cut short: it ends before the beginning of its data")

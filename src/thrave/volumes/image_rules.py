@@ -1,8 +1,8 @@
 """The rules for the metadata of disk images: one table for every supported format. Reads no file.
 
-An image can refer to other files, and its metadata can have marks: that it is only a part of a disk, is damaged, or was
-not closed. QEMU reads some such images without an error, with zeros where the missing content should be. So Thrave
-reads the metadata first (`image_headers`, `vhd_headers`, `vmdk_headers`), and this table decides.
+An image can refer to other files, and its metadata can lead to findings: the image is only a part of a disk, is
+damaged, or was not closed. QEMU reads some such images without an error, with zeros where the missing content should
+be. So Thrave reads the metadata first (`image_headers`, `vhd_headers`, `vmdk_headers`), and this table decides.
 """
 
 from enum import StrEnum
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Decision(StrEnum):
-    """What happens to an image that has a reference or a mark."""
+    """What happens to an image that has a reference or a finding."""
 
     ACCEPT = "accept"
     WARN = "warn"
@@ -19,7 +19,7 @@ class Decision(StrEnum):
 
 
 class ImageRule(NamedTuple):
-    """The decision about one reference or mark."""
+    """The decision about one reference or finding."""
 
     format: str
     """QEMU's name, or `any`."""
@@ -30,7 +30,7 @@ class ImageRule(NamedTuple):
     reason: str
     """Follows the image's name in a message, without a full stop."""
     is_normal_while_running: bool = False
-    """A running machine sets this mark too, so it is ignored until the machine is off."""
+    """A running machine causes this finding too, so it is ignored until the machine is off."""
 
 
 _A, _W, _R = Decision.ACCEPT, Decision.WARN, Decision.REFUSE
@@ -61,7 +61,7 @@ REFERENCES: tuple[ImageRule, ...] = (
 also be in an allowed folder (`host_files.AllowedFolders`).
 """
 
-MARKS: tuple[ImageRule, ...] = (
+FINDINGS: tuple[ImageRule, ...] = (
     ImageRule("raw", "looks like another format", "its first or last bytes", _W,
         "it begins or ends like an image of another format or an archive, and is read as a raw disk"),
     ImageRule("qcow2", "corrupt", "incompatible feature 1", _R,
@@ -115,11 +115,11 @@ MARKS: tuple[ImageRule, ...] = (
     ImageRule("any", "another size", "the size in its header, and the size that QEMU reads", _R,
         "the size in its header differs from the size that QEMU reads"),
 )  # fmt: skip
-"""Which marks an image can have."""
+"""Which findings an image can have."""
 
-_RULES = {(rule.format, rule.name): rule for rule in (*REFERENCES, *MARKS)}
+_RULES = {(rule.format, rule.name): rule for rule in (*REFERENCES, *FINDINGS)}
 
 
 def find_rule(image_format: str, name: str) -> ImageRule:
-    """Return the rule of a format for a reference or mark, or the rule for any format. KeyError if there is none."""
+    """Return the rule of a format for a reference or finding, or the rule for any format. KeyError if there is none."""
     return _RULES.get((image_format, name)) or _RULES["any", name]

@@ -32,27 +32,27 @@ def read_vhd(file: HostFile) -> ImageMetadata:
         _, features, _, data_offset, _, _, _, _, _, size, cylinders, heads, sectors, kind, checksum, _, saved
     ) = _FOOTER.unpack_from(footer)  # fmt: skip
     metadata = ImageMetadata(size=size, options={"force_size_calc": "current_size"})
-    marks = metadata.marks
+    findings = metadata.findings
     if checksum != _checksum(footer, at=64):
-        marks.append(("damaged footer", "its checksum is wrong"))
+        findings.append(("damaged footer", "its checksum is wrong"))
     geometry = cylinders * heads * sectors
     if geometry * SECTOR > size and geometry < _MAX_GEOMETRY:
-        marks.append(("geometry is more", f"{geometry * SECTOR} bytes and {size}"))
+        findings.append(("geometry is more", f"{geometry * SECTOR} bytes and {size}"))
     if features & _TEMPORARY:
-        marks.append(("temporary", ""))
+        findings.append(("temporary", ""))
     if saved:
-        marks.append(("saved state", ""))
+        findings.append(("saved state", ""))
     if kind == _DIFFERENCING:
-        marks.append(("parent", _parent_name(file, data_offset)))
+        findings.append(("parent", _parent_name(file, data_offset)))
     elif kind == _DYNAMIC:
         _read_dynamic(file, metadata, data_offset)
     elif kind != _FIXED:
         raise VolumeUnreadableError(file.path, f"VHD disk type {kind} is not supported")
     elif size + SECTOR > file.size:
-        marks.append(("cut short", f"a fixed disk of {size} bytes in a file of {file.size}"))
+        findings.append(("cut short", f"a fixed disk of {size} bytes in a file of {file.size}"))
     elif file.read(0, len(_COOKIE)) == _COOKIE:
         # QEMU would use the bytes there, which the guest can write, as the footer.
-        marks.append(("damaged footer", "a fixed disk has another at its beginning"))
+        findings.append(("damaged footer", "a fixed disk has another at its beginning"))
     return metadata
 
 
@@ -78,9 +78,9 @@ def _read_dynamic(file: HostFile, metadata: ImageMetadata, offset: int) -> None:
     if cookie != b"cxsparse":
         raise VolumeUnreadableError(file.path, "it is cut short or damaged: it has no header of a dynamic disk")
     if checksum != _checksum(header, at=36):
-        metadata.marks.append(("damaged footer", "the checksum of the dynamic disk's header is wrong"))
+        metadata.findings.append(("damaged footer", "the checksum of the dynamic disk's header is wrong"))
     if any(parent) or any(header[64:576]):
-        metadata.marks.append(("names a parent", _parent_name(file, offset)))
+        metadata.findings.append(("names a parent", _parent_name(file, offset)))
     if not block or block % SECTOR:
         raise VolumeUnreadableError(file.path, f"its header is damaged: a block size of {block} bytes")
     needed = -(-metadata.size // block)
@@ -95,7 +95,7 @@ def _read_dynamic(file: HostFile, metadata: ImageMetadata, offset: int) -> None:
         for number, sector in enumerate(piece, start=first):
             stored = last_block if number == needed - 1 else block
             if sector != _NOT_STORED and sector * SECTOR + bitmap + stored > file.size:
-                metadata.marks.append(("cut short", f"block {number} is after the end of the file"))
+                metadata.findings.append(("cut short", f"block {number} is after the end of the file"))
                 return
 
 
@@ -138,15 +138,15 @@ def read_vhdx(file: HostFile) -> ImageMetadata:
         raise VolumeUnreadableError(file.path, "it is not a VHDX image")
     metadata = ImageMetadata(size=None)
     if file.size % SECTOR:  # QEMU rounds up and reads zeros to the end of the sector
-        metadata.marks.append(("cut short", f"{file.size} bytes"))
+        metadata.findings.append(("cut short", f"{file.size} bytes"))
     if any(_read_current_header(file)[48:64]):
-        metadata.marks.append(("log not replayed", ""))
+        metadata.findings.append(("log not replayed", ""))
     items = _read_items(file, metadata, _find_region(file, metadata, _METADATA))
     if _PARAMETERS not in items or _SIZE not in items:
         raise VolumeUnreadableError(file.path, "it is damaged: its size is missing")
     (flags,) = struct.unpack_from("<I", items[_PARAMETERS].ljust(8, b"\0"), 4)
     if flags & _HAS_PARENT or _PARENT in items:
-        metadata.marks.append(("parent", ""))
+        metadata.findings.append(("parent", ""))
     (metadata.size,) = struct.unpack("<Q", items[_SIZE].ljust(8, b"\0")[:8])
     return metadata
 
@@ -175,7 +175,7 @@ def _find_region(file: HostFile, metadata: ImageMetadata, wanted: UUID) -> int:
         if region == wanted:
             found = offset
         elif region != _BLOCK_TABLE and required & 1:
-            metadata.marks.append(("unknown item", str(region)))
+            metadata.findings.append(("unknown item", str(region)))
     if found is None or found > _MAX_REGION_OFFSET:
         raise VolumeUnreadableError(file.path, "it is damaged: it has no metadata")
     return found
@@ -186,7 +186,7 @@ def _read_items(file: HostFile, metadata: ImageMetadata, table: int) -> dict[UUI
 
     Args:
         file: The image.
-        metadata: Gets a mark for each unknown item that is required.
+        metadata: Gets a finding for each unknown item that is required.
         table: Offset of the metadata region, in bytes.
     """
     signature, _, count = struct.unpack("<8sHH", read_exactly(file, table, 12))
@@ -196,7 +196,7 @@ def _read_items(file: HostFile, metadata: ImageMetadata, table: int) -> dict[UUI
     for raw_id, offset, length, flags, _ in struct.iter_unpack("<16sIIII", read_exactly(file, table + 32, 32 * count)):
         item = UUID(bytes_le=raw_id)
         if item not in _KNOWN_ITEMS and flags & _ITEM_REQUIRED:
-            metadata.marks.append(("unknown item", str(item)))
+            metadata.findings.append(("unknown item", str(item)))
         if offset > _MAX_ITEM_OFFSET:
             raise VolumeUnreadableError(file.path, "it is damaged: a metadata item is outside the region")
         found[item] = read_exactly(file, table + offset, min(length, 16))

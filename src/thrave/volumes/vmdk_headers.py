@@ -1,7 +1,7 @@
 """Reads the metadata of a VMDK: a text descriptor, alone or inside a sparse file, and the headers of sparse files.
 
 As in `image_headers`, headers are untrusted and nothing is decided here. QEMU ignores descriptor lines that it cannot
-parse, and finds some keywords anywhere in the text. The functions here find the same values, and mark what QEMU
+parse, and finds some keywords anywhere in the text. The functions here find the same values, and report what QEMU
 ignores.
 
 Sources: VMware, Virtual Disk Format 5.0; QEMU 7.2, block/vmdk.c.
@@ -69,14 +69,14 @@ def read_vmdk(file: HostFile) -> ImageMetadata:
     assert metadata.identity is not None
     kind = metadata.identity.create_type
     if kind not in _WITH_FILES | _PHYSICAL:
-        metadata.marks.append(("unknown kind", kind))
+        metadata.findings.append(("unknown kind", kind))
     metadata.extents = tuple(_read_extents(file, metadata, text))
     metadata.size = sum(extent.sectors for extent in metadata.extents) * SECTOR
     return metadata
 
 
 def read_extent(file: HostFile, extent: VmdkExtent) -> list[tuple[str, str]]:
-    """Return the marks of a file with data of a VMDK.
+    """Return the findings about a file with data of a VMDK.
 
     Raises:
         VolumeUnreadableError: It does not match its extent in the descriptor, or is cut short.
@@ -87,14 +87,14 @@ def read_extent(file: HostFile, extent: VmdkExtent) -> list[tuple[str, str]]:
         return []
     if extent.type != "SPARSE" or file.read(0, 4) == b"COWD":
         return []  # the headers of these kinds refer to no other file
-    capacity, marks, *_ = _read_sparse_header(file)
+    capacity, findings, *_ = _read_sparse_header(file)
     if capacity != extent.sectors:
         raise VolumeUnreadableError(file.path, f"its header has {capacity} sectors, its descriptor {extent.sectors}")
-    return marks
+    return findings
 
 
 def check_vmdk_end(file: HostFile) -> list[tuple[str, str]]:
-    """Return the mark of a sparse file that ends within a grain, where QEMU reads zeros. Other files have none.
+    """Return the finding about a sparse file that ends within a grain, where QEMU reads zeros. Other files have none.
 
     Call it after `qemu-img check` has accepted the image, while nothing writes to it.
     """
@@ -150,7 +150,7 @@ def format_descriptor(identity: VmdkIdentity, extents: list[tuple[VmdkExtent, st
 
 
 def _read_sparse_image(file: HostFile) -> ImageMetadata:
-    capacity, marks, offset, length = _read_sparse_header(file)
+    capacity, findings, offset, length = _read_sparse_header(file)
     if not offset or not length:
         raise VolumeUnreadableError(
             file.path, "it is a part of a VMDK: the file that names it, its descriptor, must be given"
@@ -159,11 +159,11 @@ def _read_sparse_image(file: HostFile) -> ImageMetadata:
         raise VolumeUnreadableError(file.path, f"its header is damaged: a descriptor of {length} sectors")
     text = os.fsdecode(read_exactly(file, offset * SECTOR, length * SECTOR)).partition("\0")[0]
     metadata = _read_descriptor(file, text)
-    metadata.marks.extend(marks)
+    metadata.findings.extend(findings)
     assert metadata.identity is not None
     kind = metadata.identity.create_type
     if kind not in _IN_ONE_FILE:
-        metadata.marks.append(("unknown kind", f"{kind} in one file"))
+        metadata.findings.append(("unknown kind", f"{kind} in one file"))
     extents = _read_extents(file, metadata, text)
     if len(extents) != 1 or extents[0].type != "SPARSE" or extents[0].sectors != capacity:
         raise VolumeUnreadableError(file.path, "its descriptor and its header contradict each other")
@@ -172,7 +172,7 @@ def _read_sparse_image(file: HostFile) -> ImageMetadata:
 
 
 def _read_sparse_header(file: HostFile) -> tuple[int, list[tuple[str, str]], int, int]:
-    """Return capacity, marks, and offset and length of the descriptor of a sparse file; numbers in sectors."""
+    """Return capacity, findings, and offset and length of the descriptor of a sparse file; numbers in sectors."""
     magic, _, _, capacity, _, offset, length, _, _, _, _, unclean = _SPARSE.unpack(read_exactly(file, 0, _SPARSE.size))
     if magic != b"KDMV":
         raise VolumeUnreadableError(file.path, "it is not a sparse file of a VMDK")
@@ -192,30 +192,30 @@ def _read_descriptor(file: HostFile, text: str) -> ImageMetadata:
     )
     metadata = ImageMetadata(size=None, identity=identity)
     if kind[1] in _PHYSICAL:
-        metadata.marks.append(("raw device", kind[1]))
+        metadata.findings.append(("raw device", kind[1]))
     if _ENCRYPTED.search(text):
-        metadata.marks.append(("encrypted", ""))
+        metadata.findings.append(("encrypted", ""))
     name = hint[1] if hint else ""
     if identity.parent_id is None and name:
-        metadata.marks.append(("contradictory parent", name.rpartition("/")[2]))
+        metadata.findings.append(("contradictory parent", name.rpartition("/")[2]))
     elif identity.parent_id is not None and not name:
-        metadata.marks.append(("parent without a name", ""))
+        metadata.findings.append(("parent without a name", ""))
     elif name:
         metadata.backing = Reference(name, "vmdk")
     return metadata
 
 
 def _read_extents(file: HostFile, metadata: ImageMetadata, text: str) -> list[VmdkExtent]:
-    """Return the files with the data, in their order; mark extents that QEMU would ignore."""
+    """Return the files with the data, in their order; report extents that QEMU would ignore."""
     found: list[VmdkExtent] = []
     lines = list(_EXTENT.finditer(text))
     if len(lines) != len(_ANY_EXTENT.findall(text)):
         raise VolumeUnreadableError(file.path, "its descriptor has an invalid extent")
     for line in lines:
         if line["type"].upper() in _PHYSICAL_TYPES:
-            metadata.marks.append(("raw device", line["type"]))
+            metadata.findings.append(("raw device", line["type"]))
         elif line["access"] != "RW" or line["type"] not in _DATA or not line["name"] or not int(line["sectors"]):
-            metadata.marks.append(("ignored extent", f"{line['access']} {line['sectors']} {line['type']}"))
+            metadata.findings.append(("ignored extent", f"{line['access']} {line['sectors']} {line['type']}"))
         else:
             first = int(line["first"]) if line["first"] else None
             if first and line["type"] != "FLAT":
