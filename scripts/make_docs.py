@@ -152,7 +152,7 @@ DISK_IMAGES = """\
 
 An image file can refer to other files, and its metadata can say that it is not a whole disk or is damaged. Thrave reads
 the metadata before QEMU opens the file, and decides: `accept`; `warn`, which is accepted and reported in the task's
-warning or by `thrave bundle`; `refuse`. A mark that a running machine sets in its image counts once the machine is off.
+warning or by `thrave bundle`; `refuse`. A finding that a running machine causes counts once the machine is off.
 
 A file that an image refers to must be in the real folder of the image that is bundled, in one of the `image_dirs`
 (`thrave bundle --image-dir`), or in a folder below. Links are followed once, and their target counts. QEMU gets open
@@ -167,7 +167,7 @@ both machines only read, such as a template below their overlays, is allowed.
 ## Files that an image can refer to
 
 {references}
-## Marks
+## Findings in the metadata of an image
 
 {findings}"""
 
