@@ -46,13 +46,13 @@ def last_upload_failure_is_lost(patch, _world):
 def cleanup_deletes_the_next_bundle(patch, _world):
     """T5: a key has no owner: a task reuses the names of an earlier one, whose deletion may be in flight."""
 
-    def is_free(connection, bundle_id, bucket, key, *, run, busy):
+    def can_take_over(connection, _bundle_id, bucket, key, *, sender, busy):
         query = sa.select(claims.bundle_part).where(
             claims.bundle_part.c.bucket == bucket, claims.bundle_part.c.key == key
         )
         return connection.execute(query).first() is not None
 
-    patch(claims, "_is_free", is_free)
+    patch(claims, "_can_take_over", can_take_over)
 
     def has_no_bundle(self, monitor):
         return self._call(partial(_head, self._bucket, self._location.manifest_key), monitor) is None

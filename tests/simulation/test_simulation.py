@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from simulation.reintroduced import FAULTS
 
 TESTS = Path(__file__).parents[1]
 SEEDS = 60
@@ -38,6 +41,15 @@ def test_same_seed_makes_the_same_run():
 def test_seeds_show_no_violation():
     run = simulate("--seeds", SEEDS, "--keep-going")
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_to_put_back_replaces_what_the_product_has(fault):
+    def check(owner, name, _value):
+        assert hasattr(owner, name), f"{owner} has no {name}"
+
+    world = SimpleNamespace(database=SimpleNamespace(rows=lambda _query: []), invariants=SimpleNamespace())
+    FAULTS[fault](check, world)
 
 
 @pytest.mark.slow
