@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Self, TypeVar
 
-from thrave.concurrency import Condition, RunningThread, monotonic, new_condition, start_thread
+from thrave.concurrency import Condition, OnFailure, RunningThread, monotonic, new_condition, new_lock, start_thread
 
 STOP_TIMEOUT = 1.0
 """Seconds that all threads of a pipeline have to stop."""
@@ -76,9 +76,9 @@ class Pipeline:
     """
 
     def __init__(self, workers: int) -> None:
-        self._worker_count = workers
-        self._workers: list[RunningThread] = []
+        self._missing_workers = workers
         self._threads: list[RunningThread] = []
+        self._lock = new_lock()  # no thread is started after `stop`, so leaving the block joins all of them
         self._closers: list[Callable[[], None]] = []
         self._stopped = False
         self._jobs: BoundedQueue[Callable[[], None]] = self.queue(sys.maxsize)
@@ -90,12 +90,13 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.stop()
         deadline = monotonic() + STOP_TIMEOUT
-        for thread in (*self._threads, *self._workers):
+        for thread in self._threads:
             thread.join(max(0.0, deadline - monotonic()))
 
     def stop(self) -> None:
         """Stop every thread of the pipeline and every thread that waits for one. Safe from any thread, at any time."""
-        self._stopped = True
+        with self._lock:
+            self._stopped = True
         for close in tuple(self._closers):
             close()
         with self._job_ended:
@@ -111,13 +112,15 @@ class Pipeline:
         return queue
 
     def prefetch(self, items: Iterable[T], capacity: int) -> Iterator[T]:
-        """Iterate over `items` in a thread, at most `capacity` items ahead of the consumer."""
+        """Iterate over `items` in a thread, at most `capacity` items ahead of the consumer.
+
+        Raises:
+            StoppedError: The pipeline was stopped before.
+            NoThreadError: No thread can be started.
+        """
         queue: BoundedQueue[T | _End] = self.queue(capacity)
         # Errors of the items go through the queue. Close it if that fails, or the consumer would wait forever.
-        thread = start_thread(
-            "bundle-stage", partial(_fill_queue, items, queue), on_failure=lambda _error: queue.close()
-        )
-        self._threads.append(thread)
+        self._start("bundle-stage", partial(_fill_queue, items, queue), lambda _error: queue.close())
         return _read_queue(queue)
 
     def map(self, work: Callable[[T], R], items: Iterable[T], limit: int) -> Iterator[R]:
@@ -125,11 +128,17 @@ class Pipeline:
 
         The items are iterated over in a separate thread, so that the pool never waits for the consumer.
         """
-        while len(self._workers) < self._worker_count:
-            run_jobs = partial(_run_jobs, self._jobs)
-            self._workers.append(start_thread("bundle-worker", run_jobs, on_failure=lambda _error: self.stop()))
+        while self._missing_workers:
+            self._start("bundle-worker", partial(_run_jobs, self._jobs), lambda _error: self.stop())
+            self._missing_workers -= 1
         for job in self.prefetch((self._submit(partial(work, item)) for item in items), limit):
             yield self._wait_for_result(job)
+
+    def _start(self, name: str, work: Callable[[], None], on_failure: OnFailure) -> None:
+        with self._lock:
+            if self._stopped:
+                raise StoppedError
+            self._threads.append(start_thread(name, work, on_failure=on_failure))
 
     def _submit(self, work: Callable[[], R]) -> "_Job[R]":
         job = _Job(work, self._job_ended)
