@@ -186,7 +186,8 @@ class InstancePower:
         self._shutdown_timeout_action = shutdown_timeout_action
         self._check = check
         self._power_recovery_until: datetime | timedelta | None = task.power_recovery_until
-        self._start_failed = False
+        self._has_extended_recovery = False  # after a failed start, which another attempt may follow
+        self._lost_power = False
         # Copies of what is recorded: the power is restored even while the database is unavailable.
         self._run_after_task = task.run_after_task
         self._must_restore = bool(task.run_after_task) and task.next_step in STEPS_WITH_BORROWED_INSTANCE
@@ -303,7 +304,8 @@ class InstancePower:
         """Restore the power state that the owner wants now: start the instance if the task has shut it down.
 
         An instance that was given back is started only if it lost its power. Otherwise its owner may have stopped it.
-        Before any of these errors is raised, power recovery (`housekeeping.py`) is scheduled.
+        Before any of these errors is raised, power recovery (`housekeeping.py`) is scheduled for an instance that has
+        to be started.
 
         Raises:
             InstanceError, OSError: A transient error (`errors.may_pass`): the step is repeated.
@@ -318,8 +320,11 @@ class InstancePower:
         except InstanceNotFound:
             self._records.give_back(self._task.bundle_id)  # its record was removed: there is nothing to start
         except (InstanceError, OSError) as error:
-            self._start_failed = True
-            self._records.schedule_power_recovery(self._task.bundle_id, RECOVER_FOR)
+            record = self._records.power_record(self._task.instance_id)
+            # Power recovery starts any instance that is off: also one that its owner shut down in the guest.
+            if record.borrowed_by == self._task.bundle_id or self._lost_power:
+                self._has_extended_recovery = True
+                self._records.schedule_power_recovery(self._task.bundle_id, RECOVER_FOR)
             if may_pass(error):
                 raise
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
@@ -330,14 +335,16 @@ class InstancePower:
         is_wanted_on = self._refresh_run_after_task(record)
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
-        if state in STARTABLE_STATES and is_wanted_on and (is_borrowed or self._has_lost_power()):
-            with command_guard.using(self._check_right), failpoint("instance-started"):
-                self._instances.start(instance_id)
-            self._records.give_back(bundle_id, seen_off=instance_id)
-            return
+        if state in STARTABLE_STATES and is_wanted_on:
+            self._lost_power = not is_borrowed and self._has_lost_power()
+            if is_borrowed or self._lost_power:
+                with command_guard.using(self._check_right), failpoint("instance-started"):
+                    self._instances.start(instance_id)
+                self._records.give_back(bundle_id, seen_off=instance_id)
+                return
         if is_borrowed and (state in {*UP_STATES, *TERMINATING} or not is_wanted_on):
             self._records.give_back(bundle_id)
-        if self._start_failed:  # recover only while the guest may still follow the shutdown request
+        if self._has_extended_recovery:  # put back the deadline of the shutdown request
             self._records.schedule_power_recovery(bundle_id, self._power_recovery_until)
 
     def restore_without_record(self, *, check: Callable[[], None] | None = None) -> bool:
