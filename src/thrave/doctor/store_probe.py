@@ -12,7 +12,7 @@ from thrave.doctor.checks import Check, Finding, Outcome, evaluate_check
 from thrave.health import STORE, HealthCache
 
 GOOD_INTERVAL = 30.0  # seconds between two runs while the store can be used
-BAD_INTERVAL = 5.0  # seconds between two runs while it cannot, so that a store that has recovered is used soon
+BAD_INTERVAL = 1.0  # seconds between two runs while it cannot, so that a store that has recovered is used soon
 CHECK_TIMEOUT = 5.0  # seconds for one attempt of one check
 ATTEMPTS = 2  # a single failure may be transient
 # A disk or a network file system may never respond. Then the probe waits for these calls and starts no further ones.
