@@ -102,13 +102,14 @@ class ObjectStore(Protocol):
                 Without a policy the service's own permission is used.
 
         Returns:
-            The ETag of the stored object, as `ObjectHead.etag`.
+            The MD5 that the store reports for the stored object, after the driver has compared it with the MD5 of
+            `data`; None if the store reports none. A task relies on it and does not read such a part back.
 
         Raises:
             NoSuchBucket: The bucket does not exist.
             InvalidArgument: The driver cannot store an object with that key; the message says why.
             AccessDenied, EntityTooLarge, EntityTooSmall: The policy does not allow the upload.
-            TransientError: The store did not respond, or did not receive the data.
+            TransientError: The store did not respond, or received other data.
         """
         ...
 

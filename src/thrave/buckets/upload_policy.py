@@ -217,8 +217,9 @@ class UploadPolicy:
     def check_bundle(self, bucket: str, prefix: str, *, now: datetime) -> None:
         """Refuse a policy that does not allow a whole bundle, before the instance is stopped.
 
-        Two keys decide: a condition names a key or its start. One that allows the first part and the manifest can only
-        name a start of `PREFIX.`, so it also allows all other parts and files of the bundle.
+        Two object keys are enough: a condition on `$key` names a whole key or its start. Conditions that allow both
+        `PREFIX.part.0` and `PREFIX.manifest.xml` can only name a start of `PREFIX.`, so they allow every file of the
+        bundle.
 
         Raises:
             AccessDenied: S3 would refuse a part or the manifest.

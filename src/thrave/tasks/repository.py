@@ -275,8 +275,8 @@ class TaskRepository:
     def complete(self, bundle_id: str) -> bool:
         """End a task as `complete`, and erase its secrets; return whether it is complete now."""
         complete = BundleTaskState.COMPLETE
-        # No condition on `next_step`: only the step `complete` calls this, and the lease refuses every earlier run.
-        # `end_on_lost_host`, which ends a task at any step, needs that condition.
+        # No condition on `next_step`: only the step `complete` calls this, and the right to write (`HostLease.for_run`)
+        # refuses earlier runs. `end_on_lost_host` may run at any step, so it has that condition.
         done = self._change_state(bundle_id, ALLOWED_FROM[complete], _GOES_FORWARD, state=complete, **_COMPLETED)
         return done or self.state(bundle_id) is complete
 

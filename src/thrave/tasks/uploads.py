@@ -1,6 +1,7 @@
 """Seals a volume and uploads its parts: resume after a crash, parallel uploads, order of the records.
 
-A crash costs only the uploads in flight: after it, sealing resumes at the checkpoint behind the last stored part. The
+After a crash, sealing resumes at the end of the unbroken run of stored parts. At most `UPLOAD_WINDOW *
+upload_concurrency` parts after it are sealed again; those of them that are recorded as stored are not sent again. The
 records are in `journal.py`; how one object is claimed, uploaded and verified is in `task_objects.py`.
 """
 
@@ -71,8 +72,9 @@ class PartUploader:
     """Uploads the parts of one sealing: several at a time, finished in any order.
 
     One transaction per part records two facts: which parts are stored, and that the next part is about to be sent. The
-    checkpoint only moves to the end of the stored prefix. A stored part after that end is known by its record: after a
-    crash the part is sealed again, but not sent again. No part may differ from a part that was sent with the same key.
+    checkpoint only moves to the end of the unbroken run of stored parts. A stored part after that end is known by its
+    record: after a crash the part is sealed again, but not sent again. No part may differ from a part that was sent
+    with the same key.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class PartUploader:
         )
         # A failed upload cancels the sealer, which may be waiting for the disk.
         self._calls = CallGroup[UploadedPart](wake=self._sealer.cancel)
-        self._prefix = StoredPrefix(state.first_part)
+        self._unbroken_run = UnbrokenRun(state.first_part)
         self._unrecorded: list[StoredObject] = []
 
     def run(self) -> SealedBundle:
@@ -116,7 +118,7 @@ class PartUploader:
                 with closing(self._sealer.parts()) as parts:
                     for part in parts:
                         if self._is_stored(part):
-                            self._prefix.add(part.index, part.checkpoint)
+                            self._unbroken_run.add(part.index, part.checkpoint)
                         else:
                             self._start_upload(part)
                 for uploaded in self._calls.remaining():
@@ -151,7 +153,7 @@ class PartUploader:
         """Wait until another upload may start, and `index` is within the window."""
         self._add_results(wait=False)
         limit = self._objects.upload_concurrency
-        while self._calls.pending >= limit or index >= self._prefix.end + UPLOAD_WINDOW * limit:
+        while self._calls.pending >= limit or index >= self._unbroken_run.end + UPLOAD_WINDOW * limit:
             self._record_stored()
             self._add_results()
 
@@ -167,16 +169,16 @@ class PartUploader:
     def _add(self, uploaded: UploadedPart) -> None:
         self._monitor.report_activity()
         self._unrecorded.append(uploaded.stored)
-        self._prefix.add(uploaded.index, uploaded.checkpoint)
+        self._unbroken_run.add(uploaded.index, uploaded.checkpoint)
 
     def _take_unrecorded(self) -> StoredBatch:
         """Return what was stored since the last call."""
-        batch = StoredBatch(self._unrecorded, self._prefix.checkpoint)
-        self._unrecorded, self._prefix.checkpoint = [], None
+        batch = StoredBatch(self._unrecorded, self._unbroken_run.checkpoint)
+        self._unrecorded, self._unbroken_run.checkpoint = [], None
         return batch
 
 
-class StoredPrefix:
+class UnbrokenRun:
     """The longest unbroken run of stored parts from the first part on.
 
     Attributes:
