@@ -391,7 +391,8 @@ def test_request_during_task_decides_final_power_state(play, overlay, end):
 
 @pytest.mark.parametrize("is_again", [False, True])
 @pytest.mark.parametrize("end", ["complete", "fail", "cancel"])
-def test_guest_shut_down_on_its_overlay_stays_off(play, is_again, end):
+@pytest.mark.parametrize("is_unavailable", [False, True])
+def test_guest_shut_down_on_its_overlay_stays_off(play, is_again, end, is_unavailable):
     power = play()
     power.begin(on=True)
     while not power.is_on_overlay:
@@ -400,6 +401,7 @@ def test_guest_shut_down_on_its_overlay_stays_off(play, is_again, end):
     if is_again:  # the step `run-on-overlay` is repeated after a crash
         power.process_is_killed()
         power._free(_overlay=True)
+    power.hypervisor.is_unavailable = is_unavailable  # for the first call at the end of the task
     power.task_ends(end)
     power.teardown()
 
