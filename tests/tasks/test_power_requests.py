@@ -152,7 +152,7 @@ class Power(RuleBasedStateMachine):
         self.wanted = "running" if on else "stopped"
         self.tasks = 0
         self.bundle_id = None
-        self.reading = self.is_on_overlay = False
+        self.reading = self.is_on_overlay = self.has_long_outage = False
         self._start_process()
 
     def _start_process(self):
@@ -291,7 +291,12 @@ class Power(RuleBasedStateMachine):
         if end == "cancel" and self.records.cancel(self.bundle_id):
             end = "fail"
         with self._step("end"):
-            self.task_power.restore()
+            try:
+                self.task_power.restore()
+            except HypervisorUnavailable:  # the workflow repeats the step, for as long as `stall_timeout`
+                if self.has_long_outage:
+                    raise
+                self.task_power.restore()
         self.records.record_overlay(self.bundle_id, None)
         if end == "complete" and self._is_power_recorded():
             for state in (BundleTaskState.BUNDLING, BundleTaskState.STORING):
@@ -401,7 +406,7 @@ def test_guest_shut_down_on_its_overlay_stays_off(play, is_again, end, is_unavai
     if is_again:  # the step `run-on-overlay` is repeated after a crash
         power.process_is_killed()
         power._free(_overlay=True)
-    power.hypervisor.is_unavailable = is_unavailable  # for the first call at the end of the task
+    power.hypervisor.is_unavailable = power.has_long_outage = is_unavailable
     power.task_ends(end)
     power.teardown()
 
