@@ -77,11 +77,13 @@ def demo(folder: Path, wheel: Path, version: str, python: Path) -> bool:
 
 def environment(folder: Path, python: Path, *requirements: str) -> Path:
     """Create a virtual environment with these packages; return its Python."""
-    # Without pip: Debian's Python needs python3-venv to install it. Our pip installs into the environment.
-    run(python, "-m", "venv", "--without-pip", folder)
+    # Debian's Python needs python3-venv for a pip of its own: without it, our pip installs into the environment. Other
+    # Pythons use their own, since an older pip may not support them (pip 23.0 and Python 3.12).
+    has_pip = subprocess.run([python, "-c", "import ensurepip"], capture_output=True, check=False).returncode == 0
+    run(python, "-m", "venv", *([] if has_pip else ["--without-pip"]), folder)
     inside = folder / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", inside)
-    run(*pip, "install", "--quiet", "--constraint", CONSTRAINTS, *requirements)
+    pip = [inside, "-m", "pip"] if has_pip else [sys.executable, "-m", "pip", "--python", inside]
+    run(*pip, "--disable-pip-version-check", "install", "--quiet", "--constraint", CONSTRAINTS, *requirements)
     return inside
 
 
