@@ -121,7 +121,7 @@ class Overlays(Protocol):
         """
 
     def has_lost_power(self, instance_id: str) -> bool:
-        """Return whether the instance is off although nobody stopped it: its host or its process has failed."""
+        """Return whether the instance is off although it was not stopped: its host or its process has failed."""
 
     def merge(self, instance_id: str, overlay: Overlay, pause: Pause) -> None:
         """Write the overlay's content into the volume, switch the instance to the volume, and remove the overlay.

@@ -417,7 +417,7 @@ class InstancePower:
             raise TaskFailure("Server.InstanceNotStopped", f"{message}, and it still runs although its power was cut.")
 
     def _has_lost_power(self) -> bool:
-        """Whether the instance is off although nobody has stopped it, while it was to run on an overlay."""
+        """Whether the instance is off although it was not stopped, while it was to run on an overlay."""
         overlays = self._instances.overlays
         if overlays is None or self._records.overlay(self._task.bundle_id) is None:
             return False

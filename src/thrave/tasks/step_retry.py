@@ -79,7 +79,7 @@ def _is_progress(error: Exception, seconds: float, timeout: float) -> bool:
     """Whether an attempt of so many seconds had reached the hypervisor before it failed.
 
     An operation that loses the hypervisor had a connection before. Any other error, such as a lock that another process
-    holds, may follow a wait that nobody measured. Then the attempt must have taken longer than any such wait.
+    holds, may follow a wait that was not measured. Then the attempt must have taken longer than any such wait.
     """
     is_connection_lost = isinstance(error, (HypervisorUnavailable, HoldLostError))
     least = min(_MIN_PROGRESS, timeout / 2) if is_connection_lost else timeout / 2

@@ -118,7 +118,7 @@ class TaskObjects:
             raise self._prefix_in_use()
 
     def can_use_plain_names(self, monitor: TaskMonitor) -> bool:
-        """Whether nobody has used the plain names of parts, as far as can be checked.
+        """Whether the plain names of parts are unused, as far as can be checked.
 
         An access key without permission to list the bucket cannot check this: then the answer is no.
         """

@@ -122,7 +122,7 @@ def _machine() -> str:
 
 
 def _drop_root() -> None:
-    """Change root to nobody. A container may forbid this; the other layers still apply then."""
+    """If started as root, become the user `nobody`. A container may forbid this; the other layers still apply then."""
     if os.geteuid() == 0:
         with suppress(PermissionError):
             os.setgroups([])
