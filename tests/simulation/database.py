@@ -10,7 +10,6 @@ from collections import deque
 
 import sqlalchemy as sa
 
-from simulation.scheduler import ProcessKilled
 from thrave.database import _prepare_sqlite, metadata
 
 SCHEMA = """
@@ -111,6 +110,3 @@ def unavailable(text="unable to open database file"):
 def lost_commit():
     """The error of the driver when the response to a commit is lost."""
     return sqlite3.OperationalError("disk I/O error")
-
-
-__all__ = ["ProcessKilled", "SimulatedDatabase", "lost_commit", "unavailable"]

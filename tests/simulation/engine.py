@@ -3,8 +3,6 @@
 It is an adversary: a workflow may be started late, twice at once, again after its end, or on another host.
 """
 
-from itertools import count
-
 from thrave.concurrency import monotonic, random_hex, sleep
 
 POLLING_INTERVAL = 1.0
@@ -65,7 +63,6 @@ class SimulatedWorker:
         self._slots = worker_concurrency
         self._running = 0
         self._takes = True
-        self._numbers = count(1)
 
     def launch(self, bundle):
         self._bundle = bundle

@@ -153,7 +153,7 @@ class Invariants:
             self.violate("orphans", f"{instance_id} has an overlay or a lock")
         wanted = self._world.wanted[instance_id]
         state = InstanceState.RUNNING if machine.state in UP else machine.state
-        # Whoever asks a terminated instance for something is too late.
+        # A request for a terminated instance has no effect.
         if wanted is not None and state not in {wanted, InstanceState.TERMINATED}:
             self.violate("power", f"{instance_id} is {state}, wanted is {wanted}")
 

@@ -339,7 +339,6 @@ class SimulatedCondition:
         self._scheduler = scheduler
         self._lock = SimulatedLock(scheduler)
         self._waiters = deque()
-        self.__enter__ = self._lock.__enter__
 
     def __enter__(self):
         return self._lock.__enter__()

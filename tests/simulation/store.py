@@ -8,7 +8,7 @@ the product relies on), also after its sender was killed.
 import hashlib
 
 from simulation.scheduler import ProcessKilled
-from thrave.buckets.base import UNKNOWN_OWNER, ObjectHead
+from thrave.buckets.base import ObjectHead
 from thrave.buckets.errors import AccessDenied, NoSuchBucket, NoSuchKey, StoreError, TransientError
 from thrave.concurrency import utc_now
 from thrave.write_guard import store_guard
@@ -165,6 +165,3 @@ class SimulatedStore:
 
     def _travel_time(self):
         return self._world.random.choice([0.0, 0.0, 0.001, 0.1, 2.0])
-
-
-__all__ = ["UNKNOWN_OWNER", "SimulatedStore"]
