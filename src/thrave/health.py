@@ -26,7 +26,7 @@ class HealthCache:
 
     Args:
         max_ages: The probes that will record results; for each, seconds for which one result is used. Longer than the
-            time between two results, or a component that stays broken seems usable in between.
+            time between two bad results, or a component that stays broken seems usable in between.
         clock: Monotonic time in seconds.
     """
 

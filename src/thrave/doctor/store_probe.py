@@ -17,7 +17,8 @@ CHECK_TIMEOUT = 5.0  # seconds for one attempt of one check
 ATTEMPTS = 2  # a single failure may be transient
 # A disk or a network file system may never respond. Then the probe waits for these calls and starts no further ones.
 MAX_HANGING = 2
-# One interval, and two checks with all attempts. No result is older, unless the probe does not run at all.
+# One interval after a bad result, and two checks with all attempts: a bad result is older only if the probe does not
+# run at all. A good result that is older has no effect.
 MAX_AGE = BAD_INTERVAL + 2 * ATTEMPTS * CHECK_TIMEOUT
 
 log = structlog.get_logger()
