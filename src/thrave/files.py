@@ -5,7 +5,8 @@ file exclude each other also within one process, so locks work between threads t
 removed: removing one while another process waits for it would let two processes in.
 
 A file is created once or replaced, and it is on the disk when the call returns. A reader never sees half a file, a
-crash never leaves one under its final name, and a new file has mode 0600. Nothing here creates the folder of a file.
+crash never leaves one under its final name, and a new file has mode 0600 (`replace` can give it another one). Nothing
+here creates the folder of a file.
 """
 
 import fcntl
@@ -90,18 +91,20 @@ def create_exclusive(path: Path, data: bytes) -> bool:
     return True
 
 
-def replace(path: Path, data: bytes | memoryview, *, spool: Path) -> None:
+def replace(path: Path, data: bytes | memoryview, *, spool: Path, mode: int = 0o600) -> None:
     """Write a file, and replace an existing one.
 
     Args:
         path: The file; its folder must exist.
         data: The whole content.
         spool: A folder of the same file system, in which the file is written before it gets its name.
+        mode: Permissions of the file.
 
     Raises:
         OSError: The file cannot be written; an existing file is not changed.
     """
     with _temporary_file(spool, data) as temporary:
+        temporary.chmod(mode)
         temporary.replace(path)
     sync_folder(path.parent)
 

@@ -53,6 +53,11 @@ def test_account_commands_print_documented_fields(thrave_json, tmp_path):
     thrave_json("account", "list", *data)
 
 
+def test_host_files_commands_print_documented_fields(thrave_json, tmp_path):
+    thrave_json("host-files", "install", "--root", tmp_path, "--program", "/opt/thrave/bin/thrave")
+    thrave_json("host-files", "remove", "--root", tmp_path)
+
+
 def test_user_commands_print_documented_fields(thrave_json, tmp_path):
     data = ("--data-dir", tmp_path / "data")
     account = thrave_json("account", "create", "alice", *data)["accountId"]

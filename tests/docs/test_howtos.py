@@ -23,6 +23,7 @@ from support.libvirt.guest_domain import Domain
 from support.required_programs import require
 from support.servers.stores import free_ports
 from support.service.systemd_sandbox import confined
+from thrave import host_files
 from thrave.compute.libvirt.domain_metadata import NAMESPACE
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,8 @@ LIBVIRT = 'hypervisor = "libvirt"'
 GUEST = "win-web"
 """The domain in the how-tos; it runs and is not adopted."""
 START = "systemctl enable --now thrave"
-UNIT = ROOT / "packaging" / "systemd" / "thrave.service"
+HOST_FILES = Path(host_files.__file__).parent
+UNIT = HOST_FILES / "systemd" / "thrave.service"
 
 
 @pytest.mark.parametrize("howto", HOWTOS, ids=lambda path: path.stem)
@@ -77,6 +79,8 @@ def as_here(text: str, folder: Path, request: pytest.FixtureRequest) -> str:
         text = text.replace(DATABASE, request.getfixturevalue("postgres").new_database())
         text = text.replace("initdb", f"{POSTGRES}\ninitdb", 1)
     if START in text:
+        settings = (HOST_FILES / "thrave.toml").read_text()  # installed by an indented line
+        (folder / "thrave.toml").write_text(settings.replace("/var/lib/thrave", str(folder / "data")))
         (starts,) = re.findall(r"^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)
         text = text.replace(
             START, shlex.join(confined(UNIT, [folder], [*starts.split(), "--listen-port", port])) + " &"

@@ -1,4 +1,4 @@
-"""The files of `packaging/` for a host, checked with programs of systemd; no unit is started."""
+"""The files for a Debian host, checked with programs of systemd; no unit is started."""
 
 import re
 import shlex
@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from support.required_programs import require, require_root
+from thrave import host_files
 from thrave.agent import START_AGAIN
 from thrave.cli.exit_codes import NO_RESTART, Exit
 from thrave.cli.main import thrave
 from thrave.config import load_settings
 from thrave.tasks.lease import EXIT_LEASE_LOST
 
-PACKAGING = Path(__file__).parents[2] / "packaging"
-UNITS = sorted((PACKAGING / "systemd").glob("*.service"))
-DROP_INS = sorted((PACKAGING / "systemd").glob("*.conf"))
+HOST_FILES = Path(host_files.__file__).parent
+UNITS = sorted((HOST_FILES / "systemd").glob("*.service"))
+DROP_INS = sorted((HOST_FILES / "systemd").glob("*.conf"))
 ON_THE_HOST = "/opt/thrave/bin/thrave"
 HERE = str(Path(sys.executable).with_name("thrave"))
 
@@ -108,7 +109,7 @@ def test_units_with_disks_share_a_sandbox_and_the_api_has_a_narrower_one():
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_unit_starts_an_existing_command(unit, tmp_path):
     (argv,) = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
-    words = shlex.split(argv.replace("/etc/thrave/thrave.toml", str(PACKAGING / "thrave.toml")))
+    words = shlex.split(argv.replace("/etc/thrave/thrave.toml", str(HOST_FILES / "thrave.toml")))
     assert words[0] == ON_THE_HOST
     status, said = run(HERE, *words[1:], "--help")  # which is looked at when every other word has been understood
     assert (status, said.startswith("Usage: thrave ")) == (0, True)
@@ -132,12 +133,12 @@ def test_agent_ends_with_exit_codes_of_the_table():
 
 
 def test_sample_settings_are_valid():
-    settings = load_settings(PACKAGING / "thrave.toml")
+    settings = load_settings(HOST_FILES / "thrave.toml")
     assert (settings.hypervisor, settings.data_dir) == ("libvirt", Path("/var/lib/thrave"))
 
 
 def test_commented_sample_settings_are_valid(tmp_path):
-    whole = re.sub(r"^# (\w+ = )", r"\1", (PACKAGING / "thrave.toml").read_text(), flags=re.MULTILINE)
+    whole = re.sub(r"^# (\w+ = )", r"\1", (HOST_FILES / "thrave.toml").read_text(), flags=re.MULTILINE)
     (tmp_path / "thrave.toml").write_text(whole)
     settings = load_settings(tmp_path / "thrave.toml")
     assert (settings.capture_mode, settings.store, settings.listen_address) == ("overlay", "s3", "0.0.0.0")
@@ -149,8 +150,8 @@ def test_sysusers_and_tmpfiles_create_users_and_folders(tmp_path):
     sysusers = require("systemd-sysusers", package="systemd")
     tmpfiles = require("systemd-tmpfiles", package="systemd")
     (tmp_path / "etc").mkdir()  # where it takes a lock
-    users = PACKAGING / "sysusers.d" / "thrave.conf"
-    folders = PACKAGING / "tmpfiles.d" / "thrave.conf"
+    users = HOST_FILES / "sysusers.d" / "thrave.conf"
+    folders = HOST_FILES / "tmpfiles.d" / "thrave.conf"
     for argv in ((sysusers, f"--root={tmp_path}", users), (tmpfiles, f"--root={tmp_path}", "--create", folders)):
         status, said = run(*argv)
         assert status == 0, said

@@ -12,9 +12,10 @@ import pytest
 
 from support.required_programs import require
 from support.service.systemd_sandbox import confined
+from thrave import host_files
 from thrave.demo.disk import make_demo_disk
 
-UNIT = Path(__file__).parents[2] / "packaging" / "systemd" / "thrave.service"
+UNIT = Path(host_files.__file__).parent / "systemd" / "thrave.service"
 
 FORBIDDEN = """
 import ctypes, mmap, os, socket

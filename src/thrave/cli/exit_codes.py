@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import thrave.demo.disk
     import thrave.demo.tour
     import thrave.files
+    import thrave.host_files.installer
     import thrave.http_server
     import thrave.identity.errors
     import thrave.tasks.errors
@@ -91,6 +92,7 @@ EXITS: tuple[tuple[Callable[[], type[Exception]], Exit], ...] = (
     (lambda: thrave.tasks.errors.NoSuchHost, Exit.NOT_FOUND),
     (lambda: thrave.tasks.errors.HostError, Exit.REFUSED),
     (lambda: thrave.config.SettingsError, Exit.USAGE),
+    (lambda: thrave.host_files.installer.HostFilesError, Exit.REFUSED),
     (lambda: thrave.files.NotPrivateError, Exit.FAILED),
     (lambda: thrave.database.DatabaseUnusableError, Exit.FAILED),
     (lambda: thrave.components.DataDirectoryInUseError, Exit.REFUSED),

@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "instance": "thrave.cli.instance_commands:instance",
     "task": "thrave.cli.task_commands:task",
     "host": "thrave.cli.host_commands:host",
+    "host-files": "thrave.cli.host_files_command:host_files",
     "bundle": "thrave.cli.bundle_command:bundle",
     "open": "thrave.cli.open_commands:open_",
     "verify": "thrave.cli.open_commands:verify",
