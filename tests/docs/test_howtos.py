@@ -39,7 +39,7 @@ POSTGRES = "\n".join(f"{program}() {{ :; }}" for program in ("initdb", "pg_ctl",
 # On a busy machine QEMU cannot measure how long a passphrase's key takes, and gives up.
 AGAIN = 'qemu-img() { for _ in 1 2 3 4 5; do command qemu-img "$@" && return; done; return 1; }'
 LIBVIRT = 'hypervisor = "libvirt"'
-"""Text of a how-to that needs libvirt."""
+"""Text of a how-to that needs libvirt. The settings of the systemd unit have it, too."""
 GUEST = "win-web"
 """The domain in the how-tos; it runs and is not adopted."""
 START = "systemctl enable --now thrave"
@@ -53,8 +53,9 @@ def test_howto_works_when_pasted(howto, tmp_path, request):
     require("openssl", package="openssl")
     text = as_here(howto.read_text(), tmp_path, request)
     script = "\n".join([AGAIN, *SHELL.findall(text)])
-    environment = libvirt_of(script, tmp_path, request) if LIBVIRT in text else {}
-    status, output = run(script, tmp_path, uses_systemd=START in howto.read_text(), **environment)
+    uses_systemd = START in howto.read_text()
+    environment = libvirt_of(script, tmp_path, request) if uses_systemd or LIBVIRT in text else {}
+    status, output = run(script, tmp_path, uses_systemd=uses_systemd, **environment)
     assert status == 0, output
 
 
