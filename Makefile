@@ -15,7 +15,7 @@ CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-gith
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-fast coverage check package bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
+.PHONY: demo test test-fast coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/thrave demo
@@ -42,6 +42,11 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_docs.py --check
 	$(BIN)/python scripts/check_words.py
+	$(BIN)/python scripts/make_site.py
+
+# The documentation, in .cache/site/html.
+site: $(INSTALLED)
+	$(BIN)/python scripts/make_site.py
 
 package: $(INSTALLED)
 	$(BIN)/python scripts/check_package.py
