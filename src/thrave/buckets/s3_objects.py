@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from typing import Generic, TypeVar
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree as ET
 from xml.sax.saxutils import escape
@@ -39,6 +40,8 @@ from thrave.buckets.s3_client import (
 )
 from thrave.buckets.upload_policy import UploadPolicy
 from thrave.concurrency import random_hex
+
+_Entry = TypeVar("_Entry")
 
 MAX_KEYS = 1000
 """S3's limit for a page of a listing, and for one DeleteObjects request."""
@@ -81,19 +84,28 @@ def _field(boundary: str, name: str, value: str) -> str:
 
 
 @dataclass(frozen=True)
-class Page:
+class ListedObject:
+    """An object in a listing, with size and time as the store sends them."""
+
+    key: str
+    size: str
+    last_modified: str
+
+
+@dataclass(frozen=True)
+class Page(Generic[_Entry]):
     """A page of a listing.
 
     Attributes:
-        names: Keys or bucket names.
+        entries: Objects or bucket names.
         next: Query parameters for the next page; None if this is the last one.
     """
 
-    names: Sequence[str]
+    entries: Sequence[_Entry]
     next: Mapping[str, str] | None
 
 
-def read_keys(document: bytes) -> Page:
+def read_objects(document: bytes) -> Page[ListedObject]:
     """Parse a page of ListObjectsV2 or ListObjects.
 
     Raises:
@@ -101,19 +113,23 @@ def read_keys(document: bytes) -> Page:
     """
     root = _parse(document)
     is_encoded = _text(root, "EncodingType") == "url"
-    keys = [unquote_plus(key) if is_encoded else key for key in _texts(root, "Contents", "Key")]
+    objects = [
+        ListedObject(unquote_plus(key) if is_encoded else key, _text(entry, "Size"), _text(entry, "LastModified"))
+        for entry in root.iterfind("{*}Contents")
+        for key in _texts(entry, "Key")
+    ]
     if _text(root, "IsTruncated").strip().lower() != "true":
-        return Page(keys, None)
+        return Page(objects, None)
     if token := _text(root, "NextContinuationToken"):
-        return Page(keys, {"continuation-token": token})
+        return Page(objects, {"continuation-token": token})
     marker = _text(root, "NextMarker")
-    last = (unquote_plus(marker) if is_encoded else marker) or next(reversed(keys), "")
+    last = (unquote_plus(marker) if is_encoded else marker) or (objects[-1].key if objects else "")
     if not last:
         raise StoreError("UnexpectedResponse", 0, "The store's listing is truncated and has no marker to continue")
-    return Page(keys, {"start-after": last, "marker": last})
+    return Page(objects, {"start-after": last, "marker": last})
 
 
-def read_buckets(document: bytes) -> Page:
+def read_buckets(document: bytes) -> Page[str]:
     """Parse a page of ListBuckets."""
     root = _parse(document)
     token = _text(root, "ContinuationToken")
@@ -227,7 +243,11 @@ class S3ObjectClient:
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
         """See ObjectStore."""
-        return self._keys(bucket, prefix, MAX_KEYS)
+        return (listed.key for listed in self.list_objects(bucket, prefix))
+
+    def list_objects(self, bucket: str, prefix: str) -> Iterator[ListedObject]:
+        """Yield each object whose key begins with a prefix, by pages of `MAX_KEYS`. Raises NoSuchBucket."""
+        return self._objects(bucket, prefix, MAX_KEYS)
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
         """See ObjectStore. In a store without DeleteObjects each object is deleted by its own request."""
@@ -275,32 +295,32 @@ class S3ObjectClient:
             raise TransientError("BadDigest", 400, "The store received other bytes than were sent")
         return head.etag
 
-    def _keys(self, bucket: str, prefix: str, page_size: int) -> Iterator[str]:
-        """Yield the keys that begin with a prefix, with the newest version of the listing that the store supports."""
+    def _objects(self, bucket: str, prefix: str, page_size: int) -> Iterator[ListedObject]:
+        """Yield the objects whose keys begin with a prefix, with the newest listing that the store supports."""
         query = {"prefix": prefix, "max-keys": str(page_size)}
         for option in ({"list-type": "2", "encoding-type": "url"}, {"list-type": "2"}):
-            pages: Iterator[Sequence[str]] = self._pages(bucket, {**query, **option}, read_keys)
+            pages = self._pages(bucket, {**query, **option}, read_objects)
             try:
                 first = next(pages)
             except BucketError as error:  # no version 2, or no encoding
                 if not _is_unsupported_feature(error):
                     raise
             else:
-                pages = chain([first], pages)
+                listed = chain([first], pages)
                 break
         else:
-            pages = self._pages(bucket, query, read_keys)  # version 1
-        for page in pages:
-            yield from (key for key in page if key.startswith(prefix))
+            listed = chain(self._pages(bucket, query, read_objects))  # version 1
+        for page in listed:
+            yield from (entry for entry in page if entry.key.startswith(prefix))
 
     def _pages(
-        self, bucket: str | None, query: Mapping[str, str], read: Callable[[bytes], Page]
-    ) -> Iterator[Sequence[str]]:
+        self, bucket: str | None, query: Mapping[str, str], read: Callable[[bytes], Page[_Entry]]
+    ) -> Iterator[Sequence[_Entry]]:
         following: Mapping[str, str] | None = {}
         requested = set[int]()  # hashes, since the tokens of a long listing would take much memory
         while following is not None:
             page = read(self._requests.send("GET", bucket, query={**query, **following}).body)
-            yield page.names
+            yield page.entries
             requested.add(hash(frozenset(following.items())))
             if page.next is not None and hash(frozenset(page.next.items())) in requested:
                 raise StoreError("UnexpectedResponse", 0, "The store repeats the same page of a listing")

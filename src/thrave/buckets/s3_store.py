@@ -150,7 +150,7 @@ class _S3Store(S3ObjectClient):
         raise AssertionError("the last attempt returns or raises")
 
     def _is_empty(self, bucket: str) -> bool:
-        return all(key == OWNER_KEY for key in self._keys(bucket, "", 2))
+        return all(listed.key == OWNER_KEY for listed in self._objects(bucket, "", 2))
 
     def _remove(self, bucket: str) -> bool:
         """Remove an empty bucket; return whether it no longer exists. The store refuses one that is not empty."""
