@@ -10,7 +10,10 @@ names without a folder. File contents are untrusted until `thrave.bundle` has ve
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from thrave import files
@@ -40,6 +43,17 @@ class FolderRefusedError(FolderError):
     """Access denied."""
 
 
+@dataclass(frozen=True)
+class ListedFile:
+    """A file in the listing of a folder."""
+
+    name: str
+    size: int
+    """Bytes."""
+    modified: datetime
+    """When it was written to this folder, by the clock of the store or disk."""
+
+
 class Folder(Protocol):
     """Reads the files of bundles. Thread-safe. Every failure is a FolderError."""
 
@@ -66,6 +80,14 @@ class Folder(Protocol):
 @runtime_checkable
 class WritableFolder(Folder, Protocol):
     """Reads and writes the files of bundles."""
+
+    def list_files(self, start: str) -> list[ListedFile]:
+        """Return the files of this folder whose names begin with `start`, without those of folders in it.
+
+        Raises:
+            FileMissingError: The folder or its bucket does not exist.
+        """
+        ...
 
     def write(self, filename: str, data: bytes) -> None:
         """Write a file atomically, replacing an existing one; the file is durable on return."""
@@ -108,6 +130,16 @@ class LocalFolder:
         path = self._path / filename
         with _translate_os_errors("read", path):
             return path.stat().st_size if path.exists() else None
+
+    def list_files(self, start: str) -> list[ListedFile]:
+        """See WritableFolder."""
+        found = []
+        with _translate_os_errors("read", self._path), os.scandir(self._path) as entries:
+            for entry in entries:
+                if entry.name.startswith(start) and entry.is_file():
+                    status = entry.stat()
+                    found.append(ListedFile(entry.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC)))
+        return found
 
     def write(self, filename: str, data: bytes) -> None:
         """See WritableFolder."""

@@ -23,6 +23,7 @@ from thrave.cli.folders import FileMissingError, Folder, FolderRefusedError, Loc
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+REMOVAL_SUFFIX = ".removal.json"
 _PART = re.compile(r"(.+)\.part\.[0-9]+", re.DOTALL)
 _Folder_co = TypeVar("_Folder_co", bound=Folder, covariant=True)
 _Parsed = TypeVar("_Parsed")
@@ -48,6 +49,11 @@ class Location(Generic[_Folder_co]):
     def side_file(self) -> str | None:
         """File name of the side file, `PREFIX.manifest.json`; None if the prefix is unknown."""
         return None if self.prefix is None else side_filename(self.prefix)
+
+    @property
+    def removal_record(self) -> str | None:
+        """File name of the record of an interrupted removal; None if the prefix is unknown."""
+        return None if self.prefix is None else self.prefix + REMOVAL_SUFFIX
 
     def bound_side_file(self, xml: bytes) -> str | None:
         """Return the file name of a side file that is bound to this manifest; None if the prefix is unknown."""

@@ -40,12 +40,13 @@ COMMANDS: dict[str, str] = {
     "show": "thrave.cli.open_commands:show",
     "copy": "thrave.cli.manage_commands:copy",
     "delete": "thrave.cli.manage_commands:delete",
+    "prune": "thrave.cli.prune_command:prune",
     "migrate": "thrave.cli.manage_commands:migrate",
     "help": "thrave.cli.main:help_",
 }
 
 # Commands that delete or stop something are never suggested for a misspelled name.
-HARMFUL = {"adopt", "cancel", "delete", "disown", "drain", "migrate", "remove", "retire", "stop"}
+HARMFUL = {"adopt", "cancel", "delete", "disown", "drain", "migrate", "prune", "remove", "retire", "stop"}
 
 
 class _Commands(click.Group):

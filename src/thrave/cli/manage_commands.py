@@ -131,6 +131,8 @@ def copy(
     own_part_filenames(location, (part.filename for part in verified.manifest.parts))
     target = Location(to.folder, location.manifest)
     _check_free(target, xml)
+    if target.removal_record:  # else `thrave prune` could finish an interrupted removal of the same parts
+        to.folder.remove([target.removal_record])
     with progress_bar("copying", verified.manifest.bundled_size) as bar:
         sent = _copy_parts(verified, location.folder, to.folder, bar.update)
     if side_file is not None and side_filename is not None:

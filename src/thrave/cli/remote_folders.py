@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
@@ -28,8 +29,8 @@ from thrave.buckets.errors import (
 )
 from thrave.buckets.retrying_store import retry_store
 from thrave.buckets.s3_client import Credentials, HttpTransport, StoreConfig
-from thrave.buckets.s3_objects import S3ObjectClient
-from thrave.cli.folders import FileMissingError, FolderError, FolderRefusedError
+from thrave.buckets.s3_objects import ListedObject, S3ObjectClient
+from thrave.cli.folders import FileMissingError, FolderError, FolderRefusedError, ListedFile
 from thrave.cli.interrupts import CallAbandonedError, abandon_calls_on_interrupt, call_with_timeout, check_interrupted
 
 if TYPE_CHECKING:
@@ -74,6 +75,20 @@ class S3Folder:
         """See Folder."""
         head = self._call(filename, lambda key: self._objects.head(self._bucket, key))
         return None if head is None else head.size
+
+    def list_files(self, start: str) -> list[ListedFile]:
+        """See WritableFolder. The whole listing has the time limit of one file."""
+        found = self._call("", lambda folder: [*self._objects.list_objects(self._bucket, folder + start)])
+        return [self._read_entry(listed) for listed in found if "/" not in listed.key.removeprefix(self._folder)]
+
+    def _read_entry(self, listed: ListedObject) -> ListedFile:
+        name = listed.key.removeprefix(self._folder)
+        try:
+            modified = datetime.fromisoformat(listed.last_modified)
+            size = int(listed.size)
+        except ValueError:
+            raise FolderError(f"{self.display_name(name)}: the store's listing has no valid size and time") from None
+        return ListedFile(name, size, modified if modified.tzinfo else modified.replace(tzinfo=UTC))
 
     def write(self, filename: str, data: bytes) -> None:
         """See WritableFolder."""
