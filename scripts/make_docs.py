@@ -43,7 +43,7 @@ from thrave.tasks.models import (
 from thrave.volumes.image_rules import FINDINGS, REFERENCES, ImageRule
 
 SOURCE = Path(__file__).parents[1] / "src" / "thrave"
-_OTHER_FOLDERS = ("volumes", "bundle", "buckets", "doctor", "cli", "demo", "host_files")
+_OTHER_FOLDERS = ("volumes", "bundle", "buckets", "doctor", "cli", "demo", "host_files", "moto")
 JSON_FIELDS = Path(__file__).parent / "json_output.toml"
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 MADE = "<!-- Made by `make docs` from {source}. Do not edit. -->\n\n"
