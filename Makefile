@@ -15,15 +15,20 @@ CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-gith
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-fast coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
+.PHONY: demo test test-sweep test-fast coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/thrave demo
 
 ALL_TESTS := pytest -n 4 --dist loadfile --no-loadscope-reorder
 
+# Every behaviour, with one case of each kind.
 test: $(INSTALLED) packages
-	$(BIN)/$(ALL_TESTS)
+	$(BIN)/$(ALL_TESTS) -m "not sweep"
+
+# The other cases: a kill at each failpoint, each EC2 client, each statement that can fail, long random runs.
+test-sweep: $(INSTALLED) packages
+	$(BIN)/$(ALL_TESTS) -m sweep
 
 # Takes a third longer: every line and branch is counted, in every process that the tests start.
 coverage: $(INSTALLED) packages
@@ -33,7 +38,7 @@ coverage: $(INSTALLED) packages
 	$(BIN)/coverage report --fail-under=90
 
 test-fast: $(INSTALLED)
-	$(BIN)/pytest -m "not (clients or postgres or s3 or rgw or libvirt or browser or slow)"
+	$(BIN)/pytest -m "not (clients or postgres or s3 or rgw or libvirt or browser or slow or sweep)"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

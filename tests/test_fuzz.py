@@ -13,7 +13,7 @@ from support.fuzz_targets import TARGETS
 FUZZ = Path(__file__).parents[1] / "scripts" / "fuzz.py"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("target", TARGETS)
 def test_fuzzed_input_raises_only_expected_errors(target):
     if importlib.util.find_spec("atheris") is None:

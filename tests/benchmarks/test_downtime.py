@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
+pytestmark = [pytest.mark.libvirt, pytest.mark.sweep]
 
 
 def test_downtime_benchmark_measures_both_modes_and_stores_results(libvirtd, guest, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from thrave.database import open_engine
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.sweep]
 
 
 def test_fleet_benchmark_runs_and_stores_results(postgres, tmp_path):

@@ -9,6 +9,13 @@ from clients.world import BUCKET
 pytestmark = pytest.mark.clients
 
 UNKNOWN_INSTANCE = "i-00000000000000000"
+MOST_USED = {"boto3, newest", "AWS CLI 1"}
+"""`make test` runs these clients, `make test-sweep` all others."""
+
+
+def client_parameter(client):
+    marks = [] if client.name in MOST_USED else [pytest.mark.sweep]
+    return pytest.param(client, marks=marks, id=client.name)
 
 
 def check_bundle(world, driver):
@@ -63,7 +70,7 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name, indirect=True)
+@pytest.mark.parametrize("client", [client_parameter(client) for client in CLIENTS], indirect=True)
 @pytest.mark.parametrize("action", SCENARIOS)
 def test_client_performs_action(world, driver, relay, client, action):
     if action in client.cannot:
@@ -73,7 +80,9 @@ def test_client_performs_action(world, driver, relay, client, action):
     assert relay.style() == RequestStyle(client.method, client.api_version, client.signature)
 
 
-@pytest.mark.parametrize("client", [client for client in CLIENTS if UNREAD in client.cannot.values()], indirect=True)
+@pytest.mark.parametrize(
+    "client", [client_parameter(client) for client in CLIENTS if UNREAD in client.cannot.values()], indirect=True
+)
 def test_action_is_performed_even_if_client_rejects_response(world, driver):
     instance = world.unresponsive_instance()
     with pytest.raises(AssertionError, match="progress"):

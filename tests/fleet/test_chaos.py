@@ -5,7 +5,7 @@ import pytest
 from support.crashes.fleet_chaos import Chaos, Plan
 from support.service.fleet import Fleet
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.sweep]
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_preloaded_clock_is_wrong(clock):
     assert [round((wrong - now) / 3600) for wrong, now in zip(seconds, right, strict=True)] == [-1, -1, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_workflow_completes_while_clock_jumps(tmp_path, clock):
     environment, jump = clock
     scene = KilledService(tmp_path, server=ThraveServer, environment=environment, shutdown_timeout=60)

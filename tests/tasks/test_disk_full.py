@@ -57,7 +57,7 @@ def test_task_on_full_disk_fails_and_frees_its_space(small_disk, tmp_path):
     scene.check_no_traces()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("reserve", [0, MIN_FREE])
 def test_parts_leave_space_for_undo(small_disk, tmp_path, reserve):
     """Two of five parts fit, and some KiB more: each task makes the write-ahead log of the database 440 KiB longer."""

@@ -35,17 +35,17 @@ LIBVIRT_FAILPOINTS = [
 UNDO_FAILPOINTS = ["instance-started", "objects-deleted", "deletion-recorded", "task-ended"]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_workflow_completes_after_kill_at_each_failpoint(tmp_path, database):
     run_with_kills(tmp_path, failpoints_of(*NEW_BUNDLE_FAILPOINTS), **database)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_workflow_replaces_bundle_after_kill_at_each_failpoint(tmp_path, database):
     run_with_kills(tmp_path, failpoints_of(*REPLACEMENT_FAILPOINTS), replacing=True, **database)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "failpoint", ["part-stored, after, 3", "side-file-stored, after", "earlier-bundle-recorded, after"]
 )
@@ -62,7 +62,7 @@ def test_cancelled_replacement_restores_earlier_bundle_after_kills(tmp_path, fai
     scene.check_no_traces()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_cancelled_task_leaves_no_object_after_kill_at_each_undo_failpoint(tmp_path, database):
     scene = KilledService(tmp_path, **database)
     scene.run_until_killed("part-stored, after, 3")
@@ -153,7 +153,7 @@ def test_kill_sweep_covers_every_failpoint():
     assert swept == {*FAILPOINTS}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", [SEED])
 def test_workflow_completes_after_random_kills(tmp_path, database, seed):
     run_with_random_kills(tmp_path, random.Random(seed), 4, **database)

@@ -97,6 +97,7 @@ def number_of(here, event=STATEMENT, **changes):
     return ends(here, here.task(), 0, fail, event, **changes)[1]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("happens", [fail, kill])
 def test_task_completes_if_any_statement_fails(here, happens):
     for number in range(1, number_of(here) + 1, EVERY):
@@ -107,6 +108,7 @@ def test_task_completes_if_any_statement_fails(here, happens):
         assert here.instances.state(task.instance_id) is InstanceState.RUNNING
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("happens", [fail, kill])
 def test_failed_task_keeps_its_reason_if_any_statement_fails(here, happens):
     lossy = {"store": LosesAPart(here.buckets)}

@@ -190,7 +190,7 @@ def asked(call, **parameters):
         return None, error.response["Error"]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("drawn_from", [SEED])
 def test_service_shows_only_states_of_the_model(tmp_path, drawn_from, capfd):
     class Here(Machine):

@@ -10,7 +10,7 @@ from support.crashes.kill_sweep import failpoints_of
 from support.libvirt.guest_disk import OFF
 from support.libvirt.libvirt_service import LibvirtService
 
-pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
+pytestmark = [pytest.mark.libvirt, pytest.mark.sweep]
 MERGING = "overlay-merged, before"
 MOMENTS = [
     *failpoints_of("overlay-recorded", "overlay-created", "instance-started"),
