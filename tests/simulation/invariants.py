@@ -13,8 +13,8 @@ from thrave.bundle.opener import open_bundle
 from thrave.compute.instance import InstanceState
 
 INVARIANTS = {
-    "complete": "A complete task has a bundle that opens to a state that the disk had. Its objects do not change until "
-    "the manifest of a later task replaces them.",
+    "complete": "A complete task has a bundle that opens to a state that the disk had. From then on the prefix has a "
+    "bundle with all its objects at any time, and in the end that of the last complete task.",
     "one task": "An instance, and a bucket and prefix, have at most one unfinished task.",
     "lease": "A host that has lost its lease changes nothing in the store and commands nothing to the hypervisor.",
     "progress": "The progress of a task does not decrease within a state.",
@@ -40,8 +40,8 @@ class Invariants:
         self.violations = []
         self.allows_two_in_one_place = False
         self._seen = {}  # state, progress and next step of each task
-        self._complete = {}  # prefix of each complete task, in the order in which they were completed
-        self._protected = {}  # prefix by object of the newest complete bundle
+        self._complete = set()  # tasks
+        self._newest = {}  # by prefix: the objects of the bundle that was completed last
 
     def violate(self, invariant, text):
         assert invariant in INVARIANTS
@@ -72,12 +72,15 @@ class Invariants:
 
     def before_change(self, key, content):
         """Check a change of an object. `content`: None if it is deleted."""
-        prefix = self._protected.get(key)
-        if prefix is None or content == self._world.store.objects.get(key):
+        objects, prefix = self._world.store.objects, key.partition(".")[0]
+        if prefix not in self._newest or content == objects.get(key):
             return
-        if key == manifest_filename(prefix) and content is not None and self._has_unfinished(prefix):
-            self._release(prefix)
+        if key == manifest_filename(prefix):
+            # A task that fails after it has sent its manifest may have replaced that of a complete one for a while.
+            is_whole = content is not None and {*bundle_keys({**objects, key: content}, prefix)} <= objects.keys()
         else:
+            is_whole = key not in bundle_keys(objects, prefix)
+        if not is_whole:
             self.violate("complete", f"{key} is {'deleted' if content is None else 'overwritten'}")
 
     def before_write(self, what):
@@ -91,7 +94,7 @@ class Invariants:
             self.violate("lease", f"{process}: {what}")
 
     def _check_complete(self, bundle_id, prefix, instance_id):
-        self._complete[bundle_id] = prefix
+        self._complete.add(bundle_id)
         self._world.count("complete")
         objects, identity = self._world.store.objects, self._world.fixture.identity
         keys = bundle_keys(objects, prefix)
@@ -102,15 +105,7 @@ class Invariants:
             return
         if digest not in self._world.machines[instance_id].states:
             self.violate("complete", f"the bundle of {bundle_id} is no state that the disk of {instance_id} ever had")
-        self._release(prefix)
-        self._protected |= dict.fromkeys(keys, prefix)
-
-    def _release(self, prefix):
-        self._protected = {key: of for key, of in self._protected.items() if of != prefix}
-
-    def _has_unfinished(self, prefix):
-        query = "SELECT 1 FROM bundle_task WHERE prefix = ? AND state NOT IN ('complete', 'failed')"
-        return bool(self._world.database.rows(query, prefix))
+        self._newest[prefix] = {key: objects[key] for key in keys}
 
     # At the end
 
@@ -143,9 +138,10 @@ class Invariants:
     def _check_objects(self):
         if orphans := self.orphans():
             self.violate("orphans", f"objects: {orphans}")
-        for bundle_id, prefix in {prefix: bundle_id for bundle_id, prefix in self._complete.items()}.items():
-            if not bundle_keys(self._world.store.objects, bundle_id):
-                self.violate("complete", f"the bundle of {prefix} is no longer in the store")
+        for prefix, expected in self._newest.items():
+            differ = [key for key, content in expected.items() if self._world.store.objects.get(key) != content]
+            if differ:
+                self.violate("complete", f"the bundle that was completed last under {prefix} has changed: {differ}")
 
     def _check_machine(self, machine):
         instance_id = machine.instance_id

@@ -396,6 +396,36 @@ def test_own_manifest_does_not_keep_parts_of_failed_task(on_sqlite, buckets, tmp
     assert bench.stored_keys() == []
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+def test_failed_replacement_keeps_its_parts_while_its_manifest_may_arrive(on_sqlite, buckets, tmp_path, arrives):
+    """Without the parts, a late manifest would replace a bundle that can be opened by one that cannot."""
+    first = on_sqlite(A)
+    bundled(first, tmp_path)
+    complete(first)
+    second = on_sqlite(B)
+    earlier = {key: buckets.get(BUCKET, key) for key in first.stored_keys()}
+
+    def lose_manifest(what, key):
+        if (what, key) == ("put", MANIFEST):
+            raise TransientError("NoResponse", 0, "held by a proxy")
+
+    buckets.before = lose_manifest
+    with pytest.raises(TransientError, match="held by a proxy"):
+        bundled(second, tmp_path)
+    buckets.before = lambda *_: None
+    manifest = second.journal.documents()["manifest"].encode()
+    second.store().remove_objects()
+    fail(second)
+    if arrives:
+        buckets.put(BUCKET, MANIFEST, manifest)
+    clean_up(second)  # too early
+    assert {*BundleLocation(BUCKET, "", PREFIX).part_keys(manifest)} <= {*second.stored_keys()}
+    let_time_pass(second)
+    clean_up(second)
+    assert {key: buckets.get(BUCKET, key) for key in second.stored_keys()} == earlier
+    assert {*rows(second).values()} == {(A, "sent")}
+
+
 def test_abandoned_deletion_stops_retrying(on_sqlite, buckets, tmp_path):
     bench = on_sqlite(A)
     bundled(bench, tmp_path)

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from thrave.bundle.model import BundleKey, Checkpoint, PartRecord, ResumePoint
 from thrave.concurrency import random_hex
-from thrave.database import bundle_part, bundle_task
+from thrave.database import bundle_part, bundle_task, now
 from thrave.tasks import claims
 from thrave.tasks.lease import HostLease
 from thrave.tasks.store_calls import IN_FLIGHT
@@ -240,6 +240,13 @@ class UploadJournal:
     def orphaned_objects(self) -> list[StoredObject]:
         """Return every object that is to be deleted from the bucket, sorted by key."""
         return self._objects(bundle_part.c.state == "unwanted")
+
+    def may_arrive_late(self, key: str) -> bool:
+        """Whether a request for an object of the task may still reach the store, although nothing waits for it."""
+        settling = bundle_part.c.settle_time > now()
+        query = sa.select(bundle_part.c.key).where(self._mine, bundle_part.c.key == key, settling)
+        with self._engine.connect() as connection:
+            return connection.execute(query).first() is not None
 
     def start_deletion(self, unanswered: Collection[str] = (), *, everything: bool = True) -> Sequence[str]:
         """Claim the objects that are to be deleted, and return their keys.

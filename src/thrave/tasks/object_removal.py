@@ -34,7 +34,8 @@ def remove_objects(
 
     An object with a call of this process in flight stays recorded, and is deleted again later. A failed task's own
     manifest does not keep its objects: it may be in the bucket because its deletion hangs, or because an upload of it
-    arrived late.
+    arrived late. Only while such an upload may still replace the manifest of an earlier bundle, the objects stay:
+    the bucket must not have a manifest whose parts are deleted instead of a bundle that can be opened.
 
     Args:
         buckets: The store, on behalf of the bucket's owner.
@@ -52,7 +53,8 @@ def remove_objects(
             return
         undo = location.manifest_key in keys - removal.busy
         other = removal.call(partial(_undo_manifest, location, journal, keys, undo=undo))
-        removal.delete(keys - {location.manifest_key}, other)
+        if not removal.may_replace_earlier():
+            removal.delete(keys - {location.manifest_key}, other)
         if undo:  # deleted, replaced by the earlier one, or another bundle's
             removal.gone.add(location.manifest_key)
 
@@ -111,6 +113,13 @@ class _Removal:
             calls.start(partial(call, self._buckets.checking(calls.check_wanted)))
             (answer,) = calls.remaining(timeout=self._stall_timeout)
         return answer
+
+    def may_replace_earlier(self) -> bool:
+        """Whether an upload of the task's manifest may still arrive, and replace the manifest of an earlier bundle."""
+        earlier, key = self._journal.earlier(), self._location.manifest_key
+        if earlier is None or earlier.is_replaced:
+            return False
+        return key in self.busy or self._journal.may_arrive_late(key)
 
     def delete(self, keys: set[str], manifest: bytes | None) -> None:
         """Delete objects except those of the bundle whose manifest is in the bucket.
