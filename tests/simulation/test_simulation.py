@@ -16,6 +16,8 @@ from simulation.reintroduced import FAULTS
 
 TESTS = Path(__file__).parents[1]
 SEEDS = 60
+FAILED_BEFORE = (1000618, 2000051, 2000060)
+"""Seeds that have shown a fault of Thrave or of the simulation."""
 # Kinds of faults that the search for a fault of Thrave has often, so that few seeds are enough. The other faults of
 # `reintroduced.FAULTS` need more seeds: docs/explanation/simulation.md has the command.
 FOUND_SOON = {"T12": ["hypervisor: start refused"], "T20": []}
@@ -40,6 +42,12 @@ def test_same_seed_makes_the_same_run():
 @pytest.mark.slow
 def test_seeds_show_no_violation():
     run = simulate("--seeds", SEEDS, "--keep-going")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("seed", FAILED_BEFORE)
+def test_seed_that_failed_before_shows_no_violation(seed):
+    run = simulate("--seed", seed)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -118,7 +118,8 @@ class World:
         for number in range(owners):
             self._start(Process(f"api {number}"), Owner(self))
         self._start(Process("outsider"), Outsider(self))
-        self._start(Process("operator"), Operator(self, self._components(Process("operator")).hosts))
+        self.operator = Process("operator")
+        self._start(self.operator, Operator(self, self._components(self.operator).hosts))
         return owners
 
     def start_agent(self, host):
@@ -137,6 +138,7 @@ class World:
         self.faults.are_on = False
         self.store.is_full = False
         self.scheduler.crash_in = None
+        self.scheduler.discard(self.operator)  # it must not drain a host from now on
         self.database.rows("UPDATE host SET state = 'active' WHERE state IN ('draining', 'drained')")
         for host in self.hosts:
             if not self.agents[host].is_alive:
