@@ -431,22 +431,26 @@ def records(engine, tmp_path):
     return records
 
 
+@pytest.mark.parametrize("is_made", ["before", "meanwhile"])
 @pytest.mark.parametrize("is_done", [False, True])
 @pytest.mark.parametrize(("action", "before"), [(PowerAction.START, "stopped"), (PowerAction.STOP, "running")])
-def test_record_power_state_uses_concurrent_request(engine, records, action, before, is_done):
+def test_record_power_state_uses_concurrent_request(engine, records, action, before, is_done, is_made):
     power, hypervisor = PowerRecords(engine), Hypervisor(on=before == "running", started=lambda: None)
     state = hypervisor.state
 
     def overtaken(instance_id):
         hypervisor.state = state
         seen = state(instance_id)
-        power.add_request(instance_id, action)
+        if is_made == "meanwhile":
+            power.add_request(instance_id, action)
         if is_done:  # and carried out, before the task has recorded the state
             hypervisor.on = action is PowerAction.START
             assert power.finish_request(power.get(instance_id))
         return seen
 
     hypervisor.state = overtaken
+    if is_made == "before":
+        power.add_request(INSTANCE, action)
     task_power = InstancePower(
         hypervisor, records, records.get("bun-1"), shutdown_timeout=SHUTDOWN_TIMEOUT, shutdown_timeout_action="fail"
     )

@@ -57,7 +57,7 @@ class PowerRecord:
         instance_id: The instance.
         wanted: The state that the instance is to have in the end; None: no request was made and no task has run.
         request: The pending request; None if there is none.
-        version: Number of requests so far.
+        version: Number of requests so far, and of their ends: a state that was read before is no longer certain.
         is_shutdown_requested: Whether the guest was asked to power off and was not seen off since. It may still do so.
         borrowed_by: The bundle task that keeps the instance off, or that ended without giving it back.
         is_task_active: Whether that task is in progress. Then the task restores the state that is wanted by then.
@@ -158,15 +158,19 @@ class PowerRecords:
 
     def finish_request(self, record: PowerRecord) -> bool:
         """End a request: the instance has the requested state. Returns as `record_shutdown_request`."""
-        return self._update(record.instance_id, record.version, request=None, asked=False)
+        return self._end(record)
 
     def expire_request(self, record: PowerRecord) -> bool:
         """End a request that is too old; the wanted state stays. Returns as `record_shutdown_request`."""
-        return self._update(record.instance_id, record.version, request=None, asked=False)
+        return self._end(record)
 
     def drop_request(self, record: PowerRecord) -> bool:
         """End a request that cannot be carried out, and forget the wanted state. As `record_shutdown_request`."""
-        return self._update(record.instance_id, record.version, request=None, asked=False, wanted=None)
+        return self._end(record, wanted=None)
+
+    def _end(self, record: PowerRecord, **values: object) -> bool:
+        end = {"request": None, "asked": False, "version": record.version + 1}
+        return self._update(record.instance_id, record.version, **end, **values)
 
     def _update(self, instance_id: str, old_version: int, **values: object) -> bool:
         is_same = sa.and_(instance_power.c.instance_id == instance_id, instance_power.c.version == old_version)
@@ -224,7 +228,8 @@ def borrow(
         version: Version of the row when `running` was read; None: accept every version.
 
     Returns:
-        Whether the instance is to run after the task. None if there was a request since `version`: nothing was changed.
+        Whether the instance is to run after the task. None if a request was made or ended since `version`: nothing was
+        changed.
     """
     row = _lock_row(connection, instance_id)
     wanted = row.wanted

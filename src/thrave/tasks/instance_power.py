@@ -25,7 +25,13 @@ from thrave.compute.errors import (
     RootVolumeInUse,
 )
 from thrave.compute.instance import TERMINATING, Instance, InstanceState
-from thrave.compute.power import STARTABLE_STATES, UP_STATES, power_lock, shut_down_guest
+from thrave.compute.power import (
+    SHUTDOWN_REQUEST_INTERVAL,
+    STARTABLE_STATES,
+    UP_STATES,
+    power_lock,
+    shut_down_guest,
+)
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.compute.progress_timeout import ProgressPause
 from thrave.concurrency import Call, CallTimeoutError, monotonic, sleep
@@ -222,7 +228,12 @@ class InstancePower:
         if _is_off(self._instances.state(self._task.instance_id)):
             return
         self._schedule_recovery()
-        with self._unless_terminated(), command_guard.using(self._check_right), failpoint("sysprep-requested"):
+        with (
+            self._counted_from_its_end(),
+            self._unless_terminated(),
+            command_guard.using(self._check_right),
+            failpoint("sysprep-requested"),
+        ):
             self._instances.request_sysprep(self._task.instance_id, command)
         self._wait_until_off(monitor, request=lambda _instance_id: None)  # a shutdown request would interrupt sysprep
 
@@ -387,8 +398,23 @@ class InstancePower:
         self._check()
 
     def _request_shutdown(self, instance_id: str) -> None:
-        with self._unless_terminated(), command_guard.using(self._check_right), failpoint("shutdown-requested"):
+        with (
+            self._counted_from_its_end(),
+            self._unless_terminated(),
+            command_guard.using(self._check_right),
+            failpoint("shutdown-requested"),
+        ):
             self._instances.request_stop(instance_id)
+
+    @contextmanager
+    def _counted_from_its_end(self) -> Iterator[None]:
+        """Extend power recovery if the hypervisor has delivered a request late: the guest gets it only now."""
+        started = monotonic()
+        try:
+            yield
+        finally:
+            if monotonic() - started > SHUTDOWN_REQUEST_INTERVAL:
+                self._schedule_recovery()
 
     @contextmanager
     def _unless_terminated(self) -> Iterator[None]:
