@@ -23,6 +23,7 @@ WITH_THIS_MACHINES_CLOCK = {
     "doctor",
     "ec2",
     "identity",
+    "moto",  # one process, with the clock of the test
     "testing.py",
     "task_objects.py",  # expiration of an upload policy
 }

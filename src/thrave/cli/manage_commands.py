@@ -131,7 +131,9 @@ def copy(
     own_part_filenames(location, (part.filename for part in verified.manifest.parts))
     target = Location(to.folder, location.manifest)
     _check_free(target, xml)
-    if target.removal_record:  # else `thrave prune` could finish an interrupted removal of the same parts
+    # Otherwise `thrave prune` could finish an interrupted removal of the same parts. Without a record nothing is
+    # removed: a key that may only read and write is enough to copy.
+    if target.removal_record and to.folder.size(target.removal_record) is not None:
         to.folder.remove([target.removal_record])
     with progress_bar("copying", verified.manifest.bundled_size) as bar:
         sent = _copy_parts(verified, location.folder, to.folder, bar.update)
