@@ -53,8 +53,9 @@ check: $(INSTALLED)
 site: $(INSTALLED)
 	$(BIN)/python scripts/make_site.py
 
+# DIST=dist keeps wheel and sdist in the folder dist.
 package: $(INSTALLED)
-	$(BIN)/python scripts/check_package.py
+	$(BIN)/python scripts/check_package.py $(DIST)
 
 bench: $(INSTALLED)
 	@scripts/system-packages $(BENCH_PACKAGES)

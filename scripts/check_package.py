@@ -1,13 +1,15 @@
 """Builds wheel and sdist, checks them, and runs `thrave demo` from the wheel with every Python of the machine.
 
-    python scripts/check_package.py
+    python scripts/check_package.py [FOLDER]
 
 Every Python from 3.11 on the PATH or below pyenv's `versions` gets a new virtual environment with the wheel, without
-access to the checkout. Prints one line for each; fails if one fails, or if no Python is found.
+access to the checkout. Then some tests are run in the unpacked sdist, with the wheel, which was built from it. Prints
+one line for each; fails if one fails, or if no Python is found. If all is well, the two files are moved to FOLDER.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,8 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 OLDEST = (3, 11)
 CONSTRAINTS = ROOT / "constraints.txt"
 
+# Tests of the sdist that need no other program, and read files of every folder.
+SDIST_TESTS = (
+    "tests/bundle/test_vectors.py", "tests/docs/test_architecture.py", "tests/docs/test_links.py",
+    "tests/packaging/test_host_files_installer.py", "tests/packaging/test_installation.py",
+    "tests/packaging/test_workflows.py", "tests/test_check_words.py", "tests/test_config.py",
+)  # fmt: skip
+SDIST_TEST_TOOLS = ("hypothesis", "psutil", "pytest", "pytest-timeout", "pyyaml")
 
-def main() -> int:
+
+def main(target: Path | None) -> int:
     """Build, check and run the package; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="thrave-package-") as name:
         folder = Path(name)
@@ -28,7 +38,13 @@ def main() -> int:
             print(f"no Python {'.'.join(map(str, OLDEST))} or newer found", file=sys.stderr)
             return 1
         failed = [version for version, python in pythons.items() if not demo(folder, wheel, version, python)]
-    return 1 if failed else 0
+        if failed or not check_sdist(folder, interpreter(folder / next(iter(pythons)))):
+            return 1
+        if target:
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (folder / "dist").iterdir():
+                shutil.move(file, target / file.name)
+    return 0
 
 
 def build(folder: Path) -> Path:
@@ -75,24 +91,53 @@ def demo(folder: Path, wheel: Path, version: str, python: Path) -> bool:
     return True
 
 
+def check_sdist(folder: Path, python: Path) -> bool:
+    """Run tests in the unpacked sdist with an installed wheel; print the result and return whether they pass."""
+    (archive,) = (folder / "dist").glob("*.tar.gz")
+    (folder / "sdist").mkdir()
+    run("tar", "-xzf", archive, "-C", folder / "sdist")
+    (unpacked,) = (folder / "sdist").iterdir()
+    try:
+        install(python, *SDIST_TEST_TOOLS)
+        result = run(python, "-m", "pytest", "-q", *SDIST_TESTS, folder=unpacked)
+    except subprocess.CalledProcessError as error:
+        print(f"tests of the sdist: failed\n{error.output}", flush=True)
+        return False
+    print(f"tests of the sdist: {result.strip().splitlines()[-1]}", flush=True)
+    return True
+
+
 def environment(folder: Path, python: Path, *requirements: str) -> Path:
     """Create a virtual environment with these packages; return its Python."""
-    # Debian's Python needs python3-venv for a pip of its own: without it, our pip installs into the environment. Other
-    # Pythons use their own, since an older pip may not support them (pip 23.0 and Python 3.12).
-    has_pip = subprocess.run([python, "-c", "import ensurepip"], capture_output=True, check=False).returncode == 0
-    run(python, "-m", "venv", *([] if has_pip else ["--without-pip"]), folder)
-    inside = folder / "bin" / "python"
-    pip = [inside, "-m", "pip"] if has_pip else [sys.executable, "-m", "pip", "--python", inside]
+    run(python, "-m", "venv", *([] if has_pip(python) else ["--without-pip"]), folder)
+    install(interpreter(folder), *requirements)
+    return interpreter(folder)
+
+
+def interpreter(folder: Path) -> Path:
+    """Return the Python of a virtual environment."""
+    return folder / "bin" / "python"
+
+
+def has_pip(python: Path) -> bool:
+    """Whether a Python can create environments with pip. Debian's needs the package python3-venv."""
+    return subprocess.run([python, "-c", "import ensurepip"], capture_output=True, check=False).returncode == 0
+
+
+def install(python: Path, *requirements: str) -> None:
+    """Install packages into the virtual environment of a Python."""
+    # Its own pip if it has one, since ours may not support it (pip 23.0 and Python 3.12).
+    own = (python.parent / "pip").exists()
+    pip = [python, "-m", "pip"] if own else [sys.executable, "-m", "pip", "--python", python]
     run(*pip, "--disable-pip-version-check", "install", "--quiet", "--constraint", CONSTRAINTS, *requirements)
-    return inside
 
 
-def run(*command: object) -> str:
-    """Run a program without the checkout in its environment, and return its output."""
+def run(*command: object, folder: Path = Path("/")) -> str:
+    """Run a program in a folder, without the checkout in its environment, and return its output."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "THRAVE_", "AWS_"))}
     words = [str(word) for word in command]
     result = subprocess.run(
-        words, cwd="/", env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        words, cwd=folder, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if result.returncode:
         raise subprocess.CalledProcessError(result.returncode, words, output=f"{' '.join(words)}\n{result.stdout}")
@@ -101,6 +146,6 @@ def run(*command: object) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(Path(sys.argv[1]) if sys.argv[1:] else None))
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error.output}")
