@@ -9,8 +9,9 @@ import sqlalchemy as sa
 
 import thrave.database
 from thrave.concurrency import utc_now
-from thrave.database import account, is_unavailable, with_timeouts
+from thrave.database import account, is_unavailable, migrate, open_engine, with_connection_options
 from thrave.identity.accounts import Accounts
+from thrave.tasks.engine import TaskQueue
 from thrave.vault import Vault
 
 # They show a time, or compare times that one machine has set. `database.now` is for what several machines compare.
@@ -119,8 +120,20 @@ def test_is_unavailable_rejects_wrong_statement(engine):
     assert not is_unavailable(ValueError())
 
 
-def test_with_timeouts_limits_the_wait_for_a_dead_server():
-    url = sa.make_url(with_timeouts("postgresql://thrave:secret@db.example/thrave?connect_timeout=3"))
+def test_postgresql_database_without_an_encoding_keeps_text(postgres):
+    url = postgres.new_database("ENCODING SQL_ASCII LOCALE 'C' TEMPLATE template0")
+    engine = open_engine(url)
+    migrate(engine)
+    row = {"account_id": "1" * 12, "name": "Zoë", "create_date": utc_now()}
+    with engine.begin() as connection:
+        connection.execute(sa.insert(account).values(**row))
+        assert connection.scalars(sa.select(account.c.name)).all() == ["Zoë"]
+    engine.dispose()
+    TaskQueue(url).close()  # creates the engine's tables
+
+
+def test_with_connection_options_limits_the_wait_for_a_dead_server():
+    url = sa.make_url(with_connection_options("postgresql://thrave:secret@db.example/thrave?connect_timeout=3"))
     assert (url.password, url.query["connect_timeout"]) == ("secret", "3")
     assert {"tcp_user_timeout", "keepalives_idle", "keepalives_interval", "keepalives_count"} <= url.query.keys()
-    assert with_timeouts("sqlite:////var/lib/thrave/thrave.db") == "sqlite:////var/lib/thrave/thrave.db"
+    assert with_connection_options("sqlite:////var/lib/thrave/thrave.db") == "sqlite:////var/lib/thrave/thrave.db"

@@ -369,30 +369,33 @@ def open_engine(
         parsed.set(drivername="postgresql+psycopg"),
         **pool,
         hide_parameters=True,
-        connect_args={name: value for name, value in _timeouts(connect_timeout).items() if name not in parsed.query},
+        connect_args=_connection_options(parsed, connect_timeout),
     )
     sa.event.listen(engine, "do_connect", partial(_connect_postgresql, timeout))
     return engine
 
 
-def with_timeouts(url: str) -> str:
-    """Return a URL with timeouts, for a library that opens the database itself."""
+def with_connection_options(url: str) -> str:
+    """Return a URL with our connection options, for a library that opens the database itself."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return url
-    added = {name: str(value) for name, value in _timeouts(_CONNECT_TIMEOUT).items() if name not in parsed.query}
+    added = {name: str(value) for name, value in _connection_options(parsed, _CONNECT_TIMEOUT).items()}
     return parsed.update_query_dict(added).render_as_string(hide_password=False)
 
 
-def _timeouts(seconds: float) -> dict[str, int]:
-    """Return libpq's timeouts for a new connection, and for a server that the network no longer reaches."""
-    return {
-        "connect_timeout": int(seconds),
-        "tcp_user_timeout": int(seconds * 1000),
+def _connection_options(url: sa.URL, connect_timeout: float) -> dict[str, int | str]:
+    """Return libpq's options for a new connection, except those in the URL: time limits, also for a lost network."""
+    options: dict[str, int | str] = {
+        "connect_timeout": int(connect_timeout),
+        "tcp_user_timeout": int(connect_timeout * 1000),
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,
+        # Else psycopg returns text of a database with the encoding SQL_ASCII as bytes.
+        "client_encoding": "utf8",
     }
+    return {name: value for name, value in options.items() if name not in url.query}
 
 
 def open_in_memory() -> sa.Engine:

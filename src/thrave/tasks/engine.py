@@ -22,7 +22,7 @@ from dbos import DBOS, DBOSClient, DBOSConfig
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 
 from thrave.concurrency import new_lock, random_hex
-from thrave.database import with_timeouts
+from thrave.database import with_connection_options
 
 # Raised only when the steps of `workflow.py` change so that a started task cannot continue. Such a task is run again:
 # every step resumes from the task's row.
@@ -71,7 +71,7 @@ class TaskQueue:
     def __init__(self, database_url: str) -> None:
         """Open the queues in the database at `database_url`; create the engine's own tables if they are missing."""
         _quieten()
-        database_url = with_timeouts(database_url)
+        database_url = with_connection_options(database_url)
         DBOS.migrate(database_url)
         self._client = DBOSClient(
             system_database_url=database_url, serializer=PortableJSON(), application_name="thrave", lazy=True
@@ -159,7 +159,7 @@ class TaskWorker:
         _quieten()
         config: DBOSConfig = {
             "name": "thrave",
-            "system_database_url": with_timeouts(self._database_url),
+            "system_database_url": with_connection_options(self._database_url),
             "application_version": APPLICATION_VERSION,
             "executor_id": self._host,
             "serializer": PortableJSON(),

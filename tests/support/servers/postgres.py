@@ -59,12 +59,12 @@ class Postgres:
         self._process.send_signal(signal.SIGQUIT)  # "immediate shutdown": recovery at the next start
         self._process.wait()
 
-    def new_database(self) -> str:
-        """Create an empty database and return its URL."""
+    def new_database(self, options: str = "") -> str:
+        """Create an empty database, with options of CREATE DATABASE, and return its URL."""
         self._databases += 1
         name = f"thrave_{self._databases}"
         with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name} {options}")
         return self._url(name)
 
     def _url(self, database: str) -> str:
