@@ -87,6 +87,18 @@ def test_bucket_with_objects_is_kept_with_its_owner(add, records, created_bucket
     assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (OWNER, None)
 
 
+def test_bucket_whose_objects_could_not_be_deleted_is_removed_later(add, records, created_buckets, buckets):
+    add("bun-1")
+    records.journal("bun-1").record_upload("bun-1.part.0")
+    buckets.put(BUCKET, "bun-1.part.0", b"x")
+    fail(records, "bun-1")
+    created_buckets.remove_all(buckets, HOST)
+    assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (OWNER, True)
+    buckets.delete(BUCKET, ["bun-1.part.0"])
+    created_buckets.remove_all(buckets, HOST)
+    assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (None, None)
+
+
 def test_bucket_that_existed_before_is_kept(add, records, created_buckets, buckets):
     add("bun-1", created_bucket=False)
     fail(records, "bun-1")

@@ -92,15 +92,17 @@ class CreatedBuckets:
             except_task: The id of a task that does not count.
 
         Returns:
-            Whether nothing remains to do: the bucket was removed, is not empty, or may not be removed.
+            Whether nothing remains to do: the bucket was removed, has objects that nobody is to delete, or may not be
+            removed.
         """
         try:
             with self._lock(bucket, exclusive=True):
                 others = [task for task in self._unfinished(bucket) if task.bundle_id != except_task]
                 if others:
                     return False
-                if RetryingStore(buckets, 0.0, before_attempt=self._before_attempt).remove(bucket, owner):
-                    log.info("removed the bucket of a failed task", bucket=bucket)
+                if not RetryingStore(buckets, 0.0, before_attempt=self._before_attempt).remove(bucket, owner):
+                    return not self._records.has_cleanups(bucket)  # it may be empty after them
+                log.info("removed the bucket of a failed task", bucket=bucket)
         except (BucketBusyError, TransientError) as error:
             log.warning("bucket removal failed, retrying", bucket=bucket, error=str(error))
             return False

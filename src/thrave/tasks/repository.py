@@ -483,6 +483,12 @@ class TaskRepository:
         """Whether an ended task has objects to delete from its bucket."""
         return bool(self.find(bundle_task.c.bundle_id == bundle_id, sa.or_(_WITH_ORPHANS, _REPLACES)))
 
+    def has_cleanups(self, bucket: str) -> bool:
+        """Whether a bucket has objects of any task that cleanup is to delete, or that may still arrive."""
+        there = sa.select(sa.exists().where(bundle_part.c.bucket == bucket, to_be_deleted))
+        with self._engine.connect() as connection:
+            return bool(connection.execute(there).scalar())
+
     def cleanups(self, on_host: str) -> list[BundleTask]:
         """Return the tasks of `with_orphans`, and those where a lost request may have stored a deleted object again."""
         due = sa.or_(bundle_part.c.state != "gone", bundle_part.c.settle_time <= now())
