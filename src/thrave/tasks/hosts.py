@@ -28,6 +28,10 @@ from thrave.tasks.repository import TaskRepository
 
 _NO_LEASE = ""  # the lease of a host that has no agent
 _MIN_IDLE_CHECKS = 3  # calls of `requeue_lost`: the agent calls it twice when it starts, then every 30 seconds
+# Sent every few seconds by every host, so they are built once.
+_HOLDER = sa.and_(host.c.host == sa.bindparam("name"), host.c.lease == sa.bindparam("token"))
+_HEARTBEAT = host.update().where(_HOLDER).values(heartbeat_time=now())
+_STATE_OF_HOLDER = sa.select(host.c.state).where(_HOLDER)
 _MIN_ADOPTER_SILENCE = 120.0  # seconds: the agent of the adopting host may be restarting
 
 log = structlog.get_logger()
@@ -109,8 +113,9 @@ class HostRegistry:
     def heartbeat(self, lease: HostLease) -> HostState:
         """Send a heartbeat, and return the host's state. Ends the process if the host is another agent's now."""
         with self._engine.begin() as connection:
-            connection.execute(host.update().where(lease.is_held).values(heartbeat_time=now()))
-            state = connection.execute(sa.select(host.c.state).where(lease.is_held)).scalar()
+            holder = {"name": lease.host, "token": lease.token}
+            connection.execute(_HEARTBEAT, holder)
+            state = connection.execute(_STATE_OF_HOLDER, holder).scalar()
         return HostState(state) if state else lease.exit_process()
 
     def requeue_lost(self, name: str) -> None:
