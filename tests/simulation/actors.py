@@ -1,14 +1,17 @@
 """Who acts in a world besides the agents: the owners of the instances, an operator, and everybody else."""
 
 import base64
+from dataclasses import replace
 from datetime import timedelta
 
 from simulation.engine import SimulatedQueue
+from thrave.buckets.errors import BucketError, TransientError
 from thrave.compute.errors import InstanceError, InstanceNotFound
 from thrave.compute.fleet import FleetInventory
 from thrave.compute.instance import InstanceState, OffReason
 from thrave.concurrency import sleep
 from thrave.database import is_unavailable
+from thrave.tasks.created_buckets import BucketBusyError
 from thrave.tasks.errors import BundleTaskError, HostError
 from thrave.tasks.models import FINISHED, BundleRequest
 from thrave.tasks.repository import TaskRepository
@@ -31,6 +34,7 @@ class Owner:
 
     def __init__(self, world):
         self._world = world
+        self._remaining = world.random.choice([1, 2, 4, 8])
         self._account_id = world.fixture.account.account_id
         engine, vault = world.database.engine, world.fixture.vault
         self._instances = FleetInventory(engine)
@@ -40,9 +44,10 @@ class Owner:
         )  # fmt: skip
 
     def run(self):
-        """Send some requests, with pauses."""
+        """Send some requests, with pauses. Called again in another process if this one is killed."""
         world = self._world
-        for _ in range(world.random.choice([2, 4, 8])):
+        while self._remaining:
+            self._remaining -= 1
             sleep(world.random.choice([0.0, 0.5, 3.0, 20.0, 60.0]))
             self._send(
                 world.random.choices([*_WEIGHTS], [*_WEIGHTS.values()])[0], world.random.choice([*world.machines])
@@ -55,7 +60,9 @@ class Owner:
                 self._request(action, instance_id)
             except InstanceNotFound:  # no agent has reported it yet
                 sleep(2.0)
-            except (InstanceError, BundleTaskError) as error:
+            except (BucketBusyError, TransientError):
+                sleep(2.0)
+            except (InstanceError, BundleTaskError, BucketError) as error:
                 self._world.note(f"{action} {instance_id} is refused: {error}")
                 return
             except Exception as error:
@@ -87,8 +94,20 @@ class Owner:
             prefix=prefix, access_key_id=key.access_key_id, upload_policy=base64.b64encode(policy).decode(),
             upload_policy_signature=signature,
         )  # fmt: skip
-        task = self._tasks.create(request)
+        task = self._create(request)
         world.note(f"bundle {instance_id} to {prefix}: {task.bundle_id}")
+
+    def _create(self, request):
+        """Create the bucket and the task as `thrave.ec2.bundle_actions.bundle_instance` does."""
+        buckets, store, is_created = self._tasks.created_buckets, self._world.store, False
+        try:
+            with buckets.in_use(request.bucket):
+                is_created = store.create(request.bucket, request.owner_id)
+                return self._tasks.create(replace(request, created_bucket=is_created))
+        except Exception:
+            if is_created:
+                buckets.remove(store, request.bucket, request.owner_id)
+            raise
 
     def _cancel(self):
         tasks = [task for task in self._tasks.describe(self._account_id) if task.state not in FINISHED]
@@ -132,7 +151,7 @@ class Outsider:
 
 
 class Operator:
-    """Drains and activates hosts, and has another host adopt the tasks of a lost one."""
+    """Drains and activates hosts, and has another host adopt the tasks of a lost one, or retires it."""
 
     def __init__(self, world, registry):
         self._world = world
@@ -141,13 +160,15 @@ class Operator:
     def run(self):
         """Look at the hosts now and then, until the faults end."""
         random = self._world.random
-        drains = random.choice([0, 0, 1, 3])
+        drains, retires = random.choice([0, 0, 1, 3]), random.random() < 0.3
         while self._world.faults.are_on:
             sleep(random.choice([10.0, 30.0, 60.0]))
             try:
                 for host in self._registry.list():
                     others = [name for name in self._world.hosts if name != host.host]
-                    if host.is_lost and others:
+                    if host.is_lost and retires and random.random() < 0.3:
+                        self._do(self._registry.retire, host.host)
+                    elif host.is_lost and others:
                         self._do(self._registry.adopt, host.host, by=random.choice(others))
                     elif drains and random.random() < 0.2:
                         drains -= 1

@@ -7,10 +7,12 @@ respond, or a commit fails, or a commit succeeds and its response is lost.
 
 import sqlite3
 from collections import deque
+from contextlib import contextmanager
 
 import sqlalchemy as sa
 
 from thrave.database import _prepare_sqlite, metadata
+from thrave.tasks.created_buckets import BucketBusyError
 
 SCHEMA = """
 CREATE TABLE workflow (id TEXT PRIMARY KEY, bundle_id TEXT, host TEXT, state TEXT);
@@ -30,6 +32,7 @@ class SimulatedDatabase:
     Attributes:
         engine: What the product uses.
         faults: Called before each transaction and before and after each commit with the moment's name; may raise.
+        commits: Number of commits that have changed something.
     """
 
     def __init__(self):
@@ -42,6 +45,7 @@ class SimulatedDatabase:
         self._waiters = deque()
         self.faults = lambda moment: None
         self.after_commit = lambda: None
+        self.commits = 0
         self._raw.executescript(SCHEMA)
         self._connect = self.engine.connect
         self.engine.connect = self._open
@@ -64,7 +68,8 @@ class SimulatedDatabase:
     def rows(self, statement, *values):
         """Read or write outside of the simulation: without a switch and without a fault."""
         found = self._raw.execute(statement, values).fetchall()
-        if self._user is None:
+        if self._user is None and self._raw.in_transaction:
+            self.commits += 1
             self._raw.commit()
         return found
 
@@ -98,8 +103,38 @@ class SimulatedDatabase:
             self.faults("commit")
         self._commit(connection)
         if writes:
+            self.commits += 1
             self.after_commit()
             self.faults("committed")
+
+
+class AdvisoryLock:
+    """A lock of PostgreSQL for all processes, in place of `created_buckets._SharedLock`; a dead process has none."""
+
+    def __init__(self, scheduler):
+        self._scheduler = scheduler
+        self._holders = {}  # whether it is exclusive, by holder
+
+    @contextmanager
+    def held(self, *, exclusive, timeout):
+        """Hold the lock. Raises BucketBusyError if it is not available within `timeout` seconds."""
+        until = self._scheduler.now + timeout
+        while self._holders and (exclusive or any(self._holders.values())):
+            if self._scheduler.now >= until:
+                raise BucketBusyError
+            self._scheduler.sleep(1.0)
+        process, holder = self._scheduler.current.process, object()
+        self._holders[holder] = exclusive
+
+        def release():
+            self._holders.pop(holder, None)
+
+        process.at_exit.append(release)
+        try:
+            yield
+        finally:
+            release()
+            process.at_exit.remove(release)
 
 
 def unavailable(text="unable to open database file"):

@@ -19,6 +19,9 @@ KINDS = {
     "store: delete answer lost": 0.1,
     "store: delete delayed": 0.1,
     "store: delete refused": 0.05,
+    "store: create fails": 0.1,
+    "store: create refused": 0.02,
+    "store: remove fails": 0.1,
     "store: full": 0.3,
     "hypervisor: unavailable": 0.05,
     "hypervisor: slow": 0.02,
@@ -37,6 +40,7 @@ KINDS = {
     "engine: again": 0.1,
     "engine: twice": 0.2,
     "crash": 0.5,
+    "host: loses power": 0.3,
     "outsider": 0.3,
 }
 
@@ -61,6 +65,8 @@ class Faults:
             self.rates.pop(kind, None)
         self.happened = Counter()
         self.are_on = True
+        self.on_fault = lambda: None
+        """Called after each fault."""
 
     def occurs(self, kind):
         """Whether this occasion has the fault."""
@@ -68,4 +74,5 @@ class Faults:
         if rate is None or not self.are_on or self._random.random() >= rate:
             return False
         self.happened[kind] += 1
+        self.on_fault()
         return True

@@ -21,10 +21,13 @@ INVARIANTS = {
     "start": "No error of the hypervisor fails a task whose parts are all stored.",
     "end": "Once the faults have ended, every task ends. A failed task has a code, which is no internal error.",
     "power": "An instance ends in the state that its owner asked for last.",
+    "bucket": "A bucket is removed only while no task needs it. One that was created for a task does not remain empty.",
     "orphans": "In the end the bucket has the objects of complete bundles only, and no overlay or lock remains.",
 }
 
-_TASKS = "SELECT bundle_id, state, progress, prefix, instance_id, next_step, error_code FROM bundle_task"
+_TASKS = (
+    "SELECT bundle_id, state, progress, prefix, instance_id, next_step, error_code, created_bucket FROM bundle_task"
+)
 _HYPERVISOR_ERRORS = {"Server.InstanceError", "Server.InstanceNotStarted"}
 
 
@@ -33,11 +36,13 @@ class Invariants:
 
     Attributes:
         violations: What does not hold; the run ends with the first.
+        bucket_creator: The task for which the bucket was created, if it was recorded.
     """
 
     def __init__(self, world):
         self._world = world
         self.violations = []
+        self.bucket_creator = None
         self.allows_two_in_one_place = False
         self._seen = {}  # state, progress and next step of each task
         self._complete = set()  # tasks
@@ -53,12 +58,14 @@ class Invariants:
     def after_commit(self):
         """Check the rows of the tasks."""
         unfinished = []
-        for bundle_id, state, progress, prefix, instance_id, step, code in self._world.database.rows(_TASKS):
+        for bundle_id, state, progress, prefix, instance_id, step, code, created in self._world.database.rows(_TASKS):
             self._world.counts[f"state {state}"] += 1
             if state not in {"complete", "failed"}:
                 unfinished.append(instance_id)
                 if not self.allows_two_in_one_place:
                     unfinished.append(prefix)
+            if created and bundle_id not in self._seen:
+                self.bucket_creator = bundle_id
             last_state, last_progress, last_step = self._seen.get(bundle_id, (None, None, None))
             self._seen[bundle_id] = state, progress, step
             if state == last_state and (progress or 0) < (last_progress or 0):
@@ -82,6 +89,14 @@ class Invariants:
             is_whole = key not in bundle_keys(objects, prefix)
         if not is_whole:
             self.violate("complete", f"{key} is {'deleted' if content is None else 'overwritten'}")
+
+    def before_bucket_removal(self):
+        """Check that no task needs the bucket, which is empty."""
+        users = self._world.database.rows(
+            "SELECT bundle_id FROM bundle_task WHERE state NOT IN ('complete', 'failed') AND error_code IS NULL"
+        )
+        if users:
+            self.violate("bucket", f"it is removed while {users} need it")
 
     def before_write(self, what):
         """Check that the current process may change something that others see."""
@@ -131,11 +146,14 @@ class Invariants:
         if without_code := rows("SELECT bundle_id FROM bundle_task WHERE state = 'failed' AND error_code IS NULL"):
             self.violate("end", f"failed without a code: {without_code}")
         for (code,) in rows("SELECT error_code FROM bundle_task WHERE state = 'failed'"):
-            self._world.count(f"failed with {code}")
+            self._world.count(f"code {code}")
             if code == "Server.InternalError":
                 self.violate("end", "a task failed with an internal error")
 
     def _check_objects(self):
+        store = self._world.store
+        if store.has_bucket and not store.objects and self.bucket_creator:
+            self.violate("bucket", f"it was created for {self.bucket_creator}, and remains empty")
         if orphans := self.orphans():
             self.violate("orphans", f"objects: {orphans}")
         for prefix, expected in self._newest.items():

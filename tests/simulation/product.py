@@ -8,12 +8,14 @@ import hashlib
 import logging
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 
 import structlog
 
 import thrave.agent
 import thrave.database
+from simulation.database import AdvisoryLock
 from simulation.engine import SimulatedWorker
 from simulation.machines import SimulatedVolume
 from simulation.scheduler import SimulatedSystem
@@ -24,13 +26,17 @@ from thrave.bundle.sealer import Sealer
 from thrave.compute import power, timeouts
 from thrave.tasks import (
     claims,
+    created_buckets,
     engine,
+    failpoints,
     hosts,
     housekeeping,
+    instance_power,
     journal,
     lease,
     monitor,
     object_removal,
+    repository,
     root_volume,
     store_calls,
     task_objects,
@@ -55,16 +61,18 @@ PROCESS_STATE = {
     "abandoned": (Counter, [(timeouts, "_abandoned")]),
 }
 
-# Longer periods of background jobs, in seconds, where only the number of runs matters: each run costs real time.
+# Longer periods of background jobs, in seconds, where only the number of runs matters, and a shorter limit: each run
+# costs real time.
 PERIODS = [
+    *((module, "RECOVER_FOR", timedelta(minutes=30)) for module in (repository, housekeeping, instance_power)),
     (monitor, "INTERVAL", 1.0),
     (monitor, "CHECK_INTERVAL", 2.0),
-    (thrave.agent, "REPORT_INTERVAL", 15.0),
-    (thrave.agent, "POWER_INTERVAL", 15.0),
+    (thrave.agent, "REPORT_INTERVAL", 30.0),
+    (thrave.agent, "POWER_INTERVAL", 30.0),
     (thrave.agent, "REQUEUE_INTERVAL", 60.0),
     (thrave.agent, "DRAIN_INTERVAL", 5.0),
-    (housekeeping, "POWER_RECOVERY_INTERVAL", 15.0),
-    (housekeeping, "OBJECT_CLEANUP_INTERVAL", 60.0),
+    (housekeeping, "POWER_RECOVERY_INTERVAL", 30.0),
+    (housekeeping, "OBJECT_CLEANUP_INTERVAL", 120.0),
 ]
 
 
@@ -106,6 +114,8 @@ def _replace_edges(replace, world):
         if hashlib.sha256(machine.content).digest() != before:
             raise VolumeChangedError(path, "its content")
 
+    replace(failpoints, "_crash", SimpleNamespace(place="simulated", reach=world.reach_failpoint))
+    replace(created_buckets, "_LOCKS", [AdvisoryLock(world.scheduler)])
     replace(thrave.database, "utc_now", world.utc_now)  # the clock of the database server
     replace(thrave.agent, "TaskWorker", new_worker)
     replace(Agent, "_save_host_id", lambda self: None)

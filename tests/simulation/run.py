@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,11 +22,19 @@ from simulation.faults import KINDS
 from simulation.product import on_simulation, silence_logs, trace_logs
 from simulation.reintroduced import FAULTS
 from simulation.scheduler import TooManySwitches
-from simulation.world import Fixture, World
+from simulation.world import OWNERS, Fixture, World
+from thrave.tasks.errors import ERROR_CODES
+from thrave.tasks.failpoints import FAILPOINTS
+from thrave.tasks.models import BundleTaskState
 
 BUSY_SECONDS = 900.0
 QUIET_SECONDS = 4 * 3600.0  # longer than a request may be in flight, and than any interval of the background jobs
 _MIN_QUIET_SECONDS = 30.0
+UNREACHABLE = {
+    "sysprep-requested": "no run has a `sysprep_command`",
+    "Server.InternalError": "a bug; the invariant `end`",
+}
+"""Failpoints and codes that no run reaches, and why."""
 
 
 def run_seed(fixture, seed, **options):
@@ -45,17 +54,33 @@ def run_seed(fixture, seed, **options):
 
 def _run_phases(world):
     scheduler, violations = world.scheduler, world.invariants.violations
-    owners = world.start()
-    scheduler.run(
-        lambda: violations or (world.owners_done == owners and _has_ended(world)), scheduler.now + BUSY_SECONDS
-    )
+    world.start()
+    has_ended = _OncePerChange(world, _has_ended)
+    scheduler.run(lambda: violations or (world.owners_done == OWNERS and has_ended()), scheduler.now + BUSY_SECONDS)
     world.calm()
     earliest = scheduler.now + _MIN_QUIET_SECONDS
-    scheduler.run(
-        lambda: violations or (scheduler.now > earliest and _is_settled(world)), scheduler.now + QUIET_SECONDS
-    )
+    is_settled = _OncePerChange(world, _is_settled)
+    if not scheduler.run(
+        lambda: violations or (scheduler.now > earliest and is_settled()), scheduler.now + QUIET_SECONDS
+    ):
+        world.invariants.violate("end", f"{QUIET_SECONDS:g} s after the end of the faults there is still work to do")
     if not violations:
         world.invariants.check_end()
+
+
+class _OncePerChange:
+    """A condition that is evaluated again only after the database or the store has changed: it costs real time."""
+
+    def __init__(self, world, condition):
+        self._world = world
+        self._condition = condition
+        self._last = None
+
+    def __call__(self):
+        version = self._world.database.commits, self._world.store.version
+        if self._last is None or self._last[0] != version:
+            self._last = version, self._condition(self._world)
+        return self._last[1]
 
 
 def _has_ended(world):
@@ -69,6 +94,7 @@ def _is_settled(world):
         and not world.store.in_flight
         and not rows("SELECT 1 FROM bundle_task WHERE power_recovery_until IS NOT NULL OR overlay IS NOT NULL LIMIT 1")
         and not rows("SELECT 1 FROM instance_power WHERE request IS NOT NULL OR borrowed_by IS NOT NULL LIMIT 1")
+        and not rows("SELECT 1 FROM bundle_task WHERE state = 'failed' AND created_bucket LIMIT 1")
         and not world.invariants.orphans()
     )
 
@@ -98,12 +124,22 @@ def shrink(fixture, seed, **options):
     return without
 
 
+COUNTED = (
+    *(f"state {state}" for state in BundleTaskState),
+    *(f"failpoint {name}" for name in FAILPOINTS if name not in UNREACHABLE),
+    *(f"code {code}" for code in ERROR_CODES if code not in UNREACHABLE),
+    *(f"fault {kind}" for kind in KINDS),
+)
+"""What a run can reach. Two of them in one run are a pair."""
+
+
 class Totals:
     """Counts of many runs."""
 
     def __init__(self):
         self.seeds = self.switches = 0
         self.counts = Counter()
+        self.pairs = set()
         self.failed = []
         self._begun = time.monotonic()
 
@@ -114,19 +150,28 @@ class Totals:
     def add(self, seed, world):
         self.seeds += 1
         self.switches += world.scheduler.switches
-        self.counts += world.counts + world.scheduler.counts + world.faults.happened
+        faults = Counter({f"fault {kind}": number for kind, number in world.faults.happened.items()})
+        counts = world.counts + world.scheduler.counts + faults
+        self.counts += counts
+        self.pairs |= {*combinations([what for what in COUNTED if counts[what]], 2)}
         if world.invariants.violations:
             self.failed.append(seed)
             _print(f"seed {seed}: {world.invariants.violations[0]}")
 
-    def show(self):
+    def show(self, *, list_pairs=False):
         _print(
             f"{self.seeds} seeds in {self.seconds:.0f} s ({self.seeds / self.seconds:.1f} a second), "
             f"{self.switches} switches, {len(self.failed)} failed"
         )
         for name, number in sorted(self.counts.items()):
             _print(f"  {number:9,}  {name}")
-        _print(f"  faults that did not occur: {', '.join(kind for kind in KINDS if not self.counts[kind]) or 'none'}")
+        _print(f"never reached: {', '.join(what for what in COUNTED if not self.counts[what]) or 'nothing'}")
+        possible = [*combinations(COUNTED, 2)]
+        _print(f"pairs reached in one run: {len(self.pairs)} of {len(possible)}")
+        if list_pairs:
+            for pair in possible:
+                if pair not in self.pairs:
+                    _print(f"  never: {' + '.join(pair)}")
 
 
 def main():
@@ -145,6 +190,7 @@ def main():
     parser.add_argument("--without", action="append", default=[], choices=KINDS, help="leave out a kind of fault")
     parser.add_argument("--focus", action="append", default=[], choices=KINDS, help="have a kind of fault often")
     parser.add_argument("--fault", choices=FAULTS, help="put this fault back into the product")
+    parser.add_argument("--pairs", action="store_true", help="list the pairs that no run has reached")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first violation")
     arguments = parser.parse_args()
     silence_logs()
@@ -161,10 +207,15 @@ def main():
             sys.exit(bool(world.invariants.violations))
         totals = Totals()
         for seed in range(arguments.first, arguments.first + arguments.seeds):
-            totals.add(seed, run_seed(fixture, seed, without=arguments.without, **options))
+            world = run_seed(fixture, seed, without=arguments.without, **options)
+            totals.add(seed, world)
+            if world.invariants.violations and arguments.fault:
+                unchanged = run_seed(fixture, seed, without=arguments.without, focus=arguments.focus)
+                if unchanged.invariants.violations:
+                    sys.exit(f"seed {seed}, without {arguments.fault}: {unchanged.invariants.violations[0]}")
             if totals.seconds > arguments.seconds or (totals.failed and not arguments.keep_going):
                 break
-        totals.show()
+        totals.show(list_pairs=arguments.pairs)
         sys.exit(bool(totals.failed))
 
 

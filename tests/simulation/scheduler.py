@@ -34,15 +34,17 @@ class Process:
 
     Attributes:
         name: Shown in traces.
-        host: Name of its host.
+        host: Name of its host, if it is an agent.
+        can_crash: Whether the seed may kill it.
         clock_error: Seconds by which its host's clock is ahead of the database server's.
         drift: Seconds that its host's monotonic clock gains in a second.
         memory: What would be a global variable of the process, by name.
     """
 
-    def __init__(self, name, host="", *, clock_error=0.0, drift=0.0):
+    def __init__(self, name, host="", *, can_crash=False, clock_error=0.0, drift=0.0):
         self.name = name
         self.host = host
+        self.can_crash = can_crash
         self.clock_error = clock_error
         self.drift = drift
         self.is_alive = True
@@ -108,7 +110,7 @@ class Scheduler:
         self.counts = Counter()
         self.crash_in = None
         """Switches after which the process that runs then is killed; None: never."""
-        self.on_crash = lambda process: None
+        self.on_crash = lambda process, why: None
         self.on_process_switch = lambda process: None
         self._switch_probability = switch_probability
         self._pause_probability = pause_probability
@@ -147,7 +149,7 @@ class Scheduler:
         for thread in [*process.threads]:
             if thread is not mine:
                 self._unwind(thread)
-        self.on_crash(process)
+        self.on_crash(process, why)
         if mine is not None:
             raise ProcessKilled
 
@@ -203,7 +205,7 @@ class Scheduler:
         self.switches += 1
         if self.switches > self._max_switches:
             raise TooManySwitches(f"{self.switches} switches at {self.now:.1f} s")
-        if self.crash_in is not None and thread.process.host:
+        if self.crash_in is not None and thread.process.can_crash:
             self.crash_in -= 1
             if self.crash_in <= 0:
                 self.crash_in = None
@@ -434,7 +436,9 @@ class SimulatedSystem(System):
     def start_thread(self, name, run):
         self._scheduler.check_alive()
         process = self._scheduler.current.process
-        return self._scheduler.start(process, name, run)
+        thread = self._scheduler.start(process, name, run)
+        self._scheduler.switch_point()  # the new thread may end before its starter does anything else
+        return thread
 
     def lock(self):
         return SimulatedLock(self._scheduler)

@@ -6,6 +6,7 @@ the product relies on), also after its sender was killed.
 """
 
 import hashlib
+from contextlib import suppress
 
 from simulation.scheduler import ProcessKilled
 from thrave.buckets.base import ObjectHead
@@ -14,6 +15,7 @@ from thrave.concurrency import utc_now
 from thrave.write_guard import store_guard
 
 MAX_DELAY = 3000.0  # seconds; below SETTLE
+_TRAVEL_TIMES = [0.0], [0.0, 0.0, 0.001, 0.1, 2.0]  # a fast store is ahead of the thread that waits for it
 
 
 class SimulatedStore:
@@ -21,6 +23,7 @@ class SimulatedStore:
 
     Attributes:
         objects: Content by key, of the one bucket that the runs use.
+        has_bucket: Whether it exists.
         keeps_etags: Whether the store returns MD5s.
     """
 
@@ -30,20 +33,37 @@ class SimulatedStore:
         self._owner = owner
         self.objects = {}
         self.keeps_etags = world.random.random() < 0.7
+        self._travel_times = world.random.choice(_TRAVEL_TIMES)
+        self.has_bucket = world.random.random() < 0.7
         self.is_full = False
         self.in_flight = 0  # requests that take effect later
+        self.version = 0  # of the objects and of what is in flight
 
     def on_behalf_of(self, access_key_id):
         return self
 
     def owner(self, bucket):
-        return self._call("owner", "", lambda: self._owner if bucket == self.bucket else None)
+        return self._call("owner", "", lambda: self._owner if bucket == self.bucket and self.has_bucket else None)
 
     def create(self, bucket, owner, *, probe=None):
-        return False
+        def apply():
+            is_created, self.has_bucket = not self.has_bucket, True
+            if is_created:
+                self._world.invariants.bucket_creator = None
+            return is_created
+
+        return self._call("create", "", apply)
 
     def remove(self, bucket, owner):
-        return False
+        def apply():
+            if self.objects:
+                return False
+            self._world.invariants.before_bucket_removal()
+            self.version += 1
+            self.has_bucket = False
+            return True
+
+        return self._call("remove", "", apply, is_write=True)
 
     def put(self, bucket, key, data, *, policy=None):
         content = bytes(data)
@@ -51,12 +71,13 @@ class SimulatedStore:
             policy.check_upload(bucket, key, content_length=len(content), now=utc_now())
 
         def apply():
+            self._check_bucket(bucket)
             self._world.invariants.before_change(key, content)
+            self.version += 1
             self.objects[key] = content
             self._world.note(f"the store has {key} ({len(content)} bytes)")
             return self._etag(content)
 
-        self._check_bucket(bucket)
         return self._call("put", key, apply, is_write=True, content=content)
 
     def head(self, bucket, key):
@@ -68,6 +89,7 @@ class SimulatedStore:
 
     def get(self, bucket, key):
         def apply():
+            self._check_bucket(bucket)
             if key not in self.objects:
                 raise NoSuchKey(f"no object {key}")
             return self.objects[key]
@@ -90,6 +112,7 @@ class SimulatedStore:
             for key in wanted:
                 if key in self.objects:
                     self._world.invariants.before_change(key, None)
+                    self.version += 1
                     del self.objects[key]
                     self._world.note(f"the store deleted {key}")
 
@@ -99,7 +122,7 @@ class SimulatedStore:
         return hashlib.md5(content).hexdigest() if self.keeps_etags else None
 
     def _check_bucket(self, bucket):
-        if bucket != self.bucket:
+        if bucket != self.bucket or not self.has_bucket:
             raise NoSuchBucket(bucket)
 
     def _call(self, operation, key, apply, *, is_write=False, content=b""):
@@ -145,8 +168,8 @@ class SimulatedStore:
             raise TransientError("ServiceUnavailable", 503, "try again")
         if faults.occurs(f"{kind} delayed"):
             if is_write:
-                self._deliver_later(self._world.random.uniform(1.0, MAX_DELAY), operation, key, apply)
-            scheduler.sleep(self._world.random.choice([1.0, 10.0, 100.0, 400.0]))
+                self._deliver_later(MAX_DELAY ** self._world.random.random(), operation, key, apply)
+            scheduler.sleep(self._world.random.choice([1.0, 10.0, 40.0, 100.0, 400.0]))
             raise TransientError("NoResponse", 0, "no response")
 
     def _deliver_later(self, seconds, operation, key, apply):
@@ -158,10 +181,12 @@ class SimulatedStore:
 
         def deliver():
             self.in_flight -= 1
+            self.version += 1
             world.note(f"{operation} {key} reaches the store late")
-            apply()
+            with suppress(NoSuchBucket):
+                apply()
 
         world.scheduler.call_later(seconds, deliver)
 
     def _travel_time(self):
-        return self._world.random.choice([0.0, 0.0, 0.001, 0.1, 2.0])
+        return self._world.random.choice(self._travel_times)

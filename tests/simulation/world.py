@@ -15,8 +15,7 @@ from simulation.scheduler import EPOCH, Process, Scheduler
 from simulation.store import SimulatedStore
 from thrave.agent import Agent
 from thrave.compute.errors import HypervisorUnavailable
-from thrave.compute.instance import InstanceState
-from thrave.concurrency import sleep
+from thrave.compute.instance import InstanceState, OffReason
 from thrave.config import Settings
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity
@@ -25,6 +24,10 @@ from thrave.tasks.repository import TaskRepository
 from thrave.vault import Vault
 
 BUCKET = "bucket"
+OWNERS = 2
+DRAINED, NOT_STARTED = "drained", "not started"
+RESTART_PAUSES = {DRAINED: 200.0, NOT_STARTED: 5.0}
+"""Seconds until a service manager starts an agent again that has ended for this reason."""
 
 
 class Fixture:
@@ -67,8 +70,10 @@ class World:
         self.owners_done = 0
         self._number = 0
         self._away = {}
+        self._restarts = {}  # what starts a process again, by process
         self.random = random.Random(seed)
         self.faults = Faults(self.random, without, focus)
+        self.faults.on_fault = self._perhaps_crash_soon
         self.scheduler = Scheduler(
             self.random,
             switch_probability=self.random.choice([0.05, 0.3, 1.0]),
@@ -86,7 +91,7 @@ class World:
         self.has_overlays = self.random.random() < 0.8
         self.machines = {}
         for number in range(self.random.choice([1, 1, 2])):
-            instance_id, blocks = f"i-{number:08x}", self.random.choice([2, 20, 40, 60])
+            instance_id, blocks = f"i-{number:08x}", self.random.choice([2, 2, 20, 40, 60])
             self.machines[instance_id] = Machine(self, instance_id, fixture.account.account_id, blocks)
         self.wanted = dict.fromkeys(self.machines, InstanceState.RUNNING)
         self.settings = self._draw_settings()
@@ -109,27 +114,26 @@ class World:
         )
 
     def start(self):
-        """Start every agent and everybody who acts; return the number of owners."""
+        """Start every agent and everybody who acts."""
         if self.faults.rates.get("crash"):
             self._plan_crash()
         for host in self.hosts:
             self.start_agent(host)
-        owners = self.random.choice([1, 1, 2])
-        for number in range(owners):
-            self._start(Process(f"api {number}"), Owner(self))
+        for number in range(OWNERS):
+            self._start_api(f"api {number}", Owner(self))
         self._start(Process("outsider"), Outsider(self))
         self.operator = Process("operator")
         self._start(self.operator, Operator(self, self._components(self.operator).hosts))
-        return owners
 
     def start_agent(self, host):
         """Start an agent process on a host."""
         process = Process(
-            f"agent {host} #{self.next_number()}", host,
+            f"agent {host} #{self.next_number()}", host, can_crash=True,
             clock_error=self.random.choice([0.0, 0.0, -300.0, 300.0]),
             drift=self.random.choice([0.0, 0.0, 0.01, -0.01]),
         )  # fmt: skip
         self.agents[host] = process
+        self._restarts[process] = lambda: self._restart(process)
         self.scheduler.start(process, "main", lambda: self._run_agent(process))
 
     def calm(self):
@@ -156,6 +160,12 @@ class World:
     def count(self, what):
         self.counts[what] += 1
 
+    def reach_failpoint(self, place):
+        """A thread of the product is before or after the block of a failpoint."""
+        if self.scheduler.current is not None:
+            self.count(f"failpoint {place.partition(',')[0]}")
+            self._perhaps_crash("at a failpoint")
+
     def next_number(self):
         self._number += 1
         return self._number
@@ -176,10 +186,13 @@ class World:
         return self.faults.are_on and self.scheduler.now < until
 
     def stop_delay(self):
-        """Seconds after which a guest follows a shutdown request; None: it does not."""
+        """Seconds after which a guest follows a shutdown request, below twice `shutdown_timeout`; None: it does not.
+
+        The product takes a guest that powers off later for one that its owner has shut down.
+        """
         if self.faults.occurs("guest: deaf"):
             return None
-        return self.random.choice([40.0, 100.0]) if self.faults.occurs("guest: late") else self.random.uniform(0, 10)
+        return self.random.choice([40.0, 55.0]) if self.faults.occurs("guest: late") else self.random.uniform(0, 10)
 
     def lose_answer(self, what, instance_id):
         """Perhaps lose the response of the hypervisor to a command that took effect."""
@@ -187,21 +200,24 @@ class World:
             self.note(f"the response to {what} {instance_id} is lost")
             raise HypervisorUnavailable(instance_id, "the connection was lost")
 
+    def _start_api(self, name, owner):
+        """Start an API process with an owner who sends his requests to it; it is started again if it crashes."""
+        process = Process(name, can_crash=True)
+        self._restarts[process] = lambda: self._start_api(f"api #{self.next_number()}", owner)
+        self._start(process, owner)
+
     def _start(self, process, actor):
         self.scheduler.start(process, type(actor).__name__.lower(), actor.run)
 
     def _run_agent(self, process):
-        components = self._components(process)
-        while True:
-            try:
-                agent = Agent(components)
-                agent.start(reports=True)
-                break
-            except Exception as error:  # noqa: BLE001 (a service manager starts it again)
-                self.note(f"the agent does not start: {error!r}")
-                sleep(5.0)
+        try:
+            agent = Agent(self._components(process))
+            agent.start(reports=True)
+        except Exception as error:  # noqa: BLE001 (the command ends, and a service manager starts it again)
+            self.note(f"the agent does not start: {error!r}")
+            self.scheduler.kill(process, NOT_STARTED)
         agent.wait()
-        self.scheduler.kill(process, "drained")
+        self.scheduler.kill(process, DRAINED)
 
     def _components(self, process):
         """What `thrave.components.Components` has, for one process."""
@@ -225,11 +241,21 @@ class World:
     def _plan_crash(self):
         self.scheduler.crash_in = 1 + int(self.random.expovariate(1 / self.random.choice([30, 300, 3000])))
 
-    def _process_ended(self, process):
-        self.note(f"the process {process} ends")
+    def _perhaps_crash_soon(self):
+        """Perhaps plan a crash for the time in which the product handles a fault: that code seldom runs."""
+        if self.faults.rates.get("crash") and self.random.random() < 0.05:
+            self.scheduler.crash_in = 1 + int(self.random.expovariate(1 / self.random.choice([30, 300])))
+
+    def _process_ended(self, process, why):
+        self.note(f"the process {process} ends: {why}")
+        if why in RESTART_PAUSES:
+            self.scheduler.call_later(RESTART_PAUSES[why], self._restarts[process])
+            return
         self.faults.happened["crash"] += self.faults.are_on
-        if self.agents.get(process.host) is process:
-            self.scheduler.call_later(self.random.choice([0.5, 5.0, 200.0]), lambda: self._restart(process))
+        if restart := self._restarts.get(process):
+            self.scheduler.call_later(self.random.choice([0.5, 5.0, 200.0]), restart)
+        if process.host and self.faults.occurs("host: loses power"):
+            self._lose_power()
         if self.faults.are_on and self.faults.rates.get("crash") and self.random.random() < 0.6:
             self._plan_crash()
 
@@ -237,9 +263,16 @@ class World:
         if self.agents[process.host] is process:
             self.start_agent(process.host)
 
+    def _lose_power(self):
+        """Switch some machines off, as if their host had lost power together with its agent."""
+        for machine in self.machines.values():
+            if self.random.random() < 0.7:
+                self.note(f"{machine.instance_id} loses power")
+                machine.power_off(OffReason.LOST_POWER)
+                self.wanted[machine.instance_id] = None
+
     def _database_fault(self, moment):
         """A fault of the database at a moment: before a transaction, before a commit, or after it."""
-        process = self.scheduler.current.process
         if moment == "begin":
             if self.is_away("database") or self.faults.occurs("database: begin fails"):
                 raise unavailable()
@@ -250,6 +283,12 @@ class World:
         elif self.faults.occurs("database: commit answer lost"):
             self.note("the response to a commit is lost")
             raise lost_commit()
-        elif self.scheduler.crash_in is not None and process.host and self.random.random() < 0.01:
+        else:
+            self._perhaps_crash("after a commit")
+
+    def _perhaps_crash(self, when):
+        """Perhaps kill the current process, in a run that has crashes."""
+        process = self.scheduler.current.process
+        if self.scheduler.crash_in is not None and process.can_crash and self.random.random() < 0.01:
             self.scheduler.crash_in = None
-            self.scheduler.kill(process, "after a commit")
+            self.scheduler.kill(process, when)
