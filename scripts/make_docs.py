@@ -40,6 +40,7 @@ from thrave.tasks.models import (
     Step,
     StepDescription,
 )
+from thrave.testing.faults import FAULTS, OBJECTS, STATES
 from thrave.volumes.image_rules import FINDINGS, REFERENCES, ImageRule
 
 SOURCE = Path(__file__).parents[1] / "src" / "thrave"
@@ -191,6 +192,30 @@ def failpoints() -> str:
         ' the setting `failpoint = "part-stored, before"` or `"part-stored, after"` the service kills itself before or'
         ' after that write; with `"part-stored, after, 3"` after the third one. `scripts/kill_sweep.py` does this for'
         " each name.\n\n" + table(("name", "what is done there", "after a crash there"), rows)
+    )
+
+
+def test_faults() -> str:
+    """Faults that a test can inject into ThraveService."""
+    rows = (
+        (
+            f"`{name}`",
+            ", ".join(f"`{option}={value!r}`" for option, value in row.options.items()),
+            row.effect,
+            row.result,
+        )
+        for name, row in FAULTS.items()
+    )
+    return (
+        "# Faults that a test can inject\n\n`@pytest.mark.thrave_fault(NAME, OPTION=VALUE, …)` injects one into the"
+        " service of a test, and so does `thrave_service.inject`. Several faults can be combined; the first one that"
+        " applies to a call is injected. [How to use them](../howto/test-your-code.md#inject-a-fault).\n\n"
+        "- `times`: how often the fault is injected; 0: always. `after`: how many calls are skipped first.\n"
+        "- `action`: an action of the EC2 API, such as `BundleInstance`; empty: every action.\n"
+        "- `code`: [of the EC2 API](ec2-errors.md) or [of bundle tasks](task-errors.md).\n"
+        f"- `state`: {', '.join(f'`{state}`' for state in STATES)}.\n"
+        f"- `object`: {', '.join(f'`{kind}`' for kind in OBJECTS)}.\n\n"
+        + table(("fault", "options, with their defaults", "what the service does", "what a client sees"), rows)
     )
 
 
@@ -406,6 +431,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/check_table.py", doctor),
     "failpoints.md": ("src/thrave/tasks/failpoints.py", failpoints),
+    "test-faults.md": ("src/thrave/testing/faults.py", test_faults),
     "disk-images.md": ("src/thrave/volumes/image_rules.py", disk_images),
     "task-states.md": ("src/thrave/tasks/models.py", states),
     "host-states.md": ("src/thrave/tasks/models.py", host_states),

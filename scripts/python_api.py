@@ -201,17 +201,19 @@ def python_api() -> str:
     """Return the page of the Python API."""
     folder = Path(thrave.bundle.__file__).parent
     bundle_files = [folder / f"{module}.py" for module in thrave.bundle._MODULES]  # noqa: SLF001 (where the names are defined)
-    testing, plugin = Path(thrave.testing.__file__), Path(thrave.pytest_plugin.__file__)
+    testing_files = sorted(Path(thrave.testing.__file__).parent.glob("*.py"))
+    plugin = Path(thrave.pytest_plugin.__file__)
     fixtures = [
         name
         for name, item in find_definitions(ast.parse(plugin.read_text()).body)
-        if isinstance(item.node, ast.FunctionDef) and "pytest.fixture" in map(ast.unparse, item.node.decorator_list)
+        if isinstance(item.node, ast.FunctionDef)
+        and any(ast.unparse(mark).startswith("pytest.fixture") for mark in item.node.decorator_list)
     ]
     return (
         PAGE
         + describe_module(
             "thrave.bundle", inspect.getdoc(thrave.bundle) or "", list(thrave.bundle.__all__), bundle_files
         )
-        + describe_module("thrave.testing", inspect.getdoc(thrave.testing) or "", thrave.testing.__all__, [testing])
+        + describe_module("thrave.testing", inspect.getdoc(thrave.testing) or "", thrave.testing.__all__, testing_files)
         + describe_module("pytest fixtures", inspect.getdoc(thrave.pytest_plugin) or "", fixtures, [plugin])
     )

@@ -25,7 +25,7 @@ WITH_THIS_MACHINES_CLOCK = {
     "ec2",
     "identity",
     "moto",  # one process, with the clock of the test
-    "testing.py",
+    "testing",
     "task_objects.py",  # expiration of an upload policy
 }
 

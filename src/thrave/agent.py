@@ -24,7 +24,7 @@ from thrave.tasks.engine import TaskWorker
 from thrave.tasks.lease import HostLease, LeaseTimer
 from thrave.tasks.models import HostState
 from thrave.tasks.repository import TaskRepository
-from thrave.tasks.workflow import TaskContext, TaskSettings, run_bundle_task
+from thrave.tasks.workflow import OnState, TaskContext, TaskSettings, ignore_state, run_bundle_task
 
 REPORT_INTERVAL = 1.0  # seconds
 POWER_INTERVAL = 1.0  # seconds between two checks for power requests
@@ -69,8 +69,9 @@ class _UnfinishedWork:
 class Agent:
     """The agent of the host that the settings name."""
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, *, on_state: OnState = ignore_state) -> None:
         self._components = components
+        self._on_state = on_state
         self._settings = components.settings
         self._worker = TaskWorker(
             self._settings.database, self._settings.host_id, worker_concurrency=self._settings.worker_concurrency
@@ -118,6 +119,7 @@ class Agent:
             identity=components.service,
             lease_timer=self._lease_timer,
             before_attempt=self._before_attempt,
+            on_state=self._on_state,
         )
         requeue_lost = partial(components.hosts.requeue_lost, name)
         requeue_lost()  # before the worker recovers its own workflows: tasks that are queued already need nothing

@@ -76,11 +76,13 @@ class Components:
         settings: Settings of the service.
         database_timeout: Seconds for one statement on a database server.
         on_replaced: Called when the database file was deleted or replaced; see `database.open_engine`.
+        store: The object store in place of the one that the settings name.
     """
 
     settings: Settings
     database_timeout: float = STATEMENT_TIMEOUT
     on_replaced: Callable[[DatabaseReplacedError], None] | None = field(default=None, repr=False)
+    store: ObjectStore | None = field(default=None, repr=False)
 
     @cached_property
     def database(self) -> sa.Engine:
@@ -107,7 +109,7 @@ class Components:
     @cached_property
     def buckets(self) -> ObjectStore:
         """The object store for bundles."""
-        return open_store(self.settings, self._find_owner)
+        return self.store or open_store(self.settings, self._find_owner)
 
     @cached_property
     def instances(self) -> HypervisorDriver:

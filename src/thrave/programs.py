@@ -300,15 +300,19 @@ def run(
         program.kill()
 
 
-def start_server(argv: Sequence[str], variables: Mapping[str, str], *, stderr: int) -> ServerProcess:
+def start_server(
+    argv: Sequence[str], variables: Mapping[str, str], *, stderr: int, has_input: bool = False
+) -> ServerProcess:
     """Start a server of this package for a test, as a user would: in this session, and without limits.
 
     Args:
         argv: The argument vector. Its stdout is a pipe to this process, as text.
         variables: Its whole environment.
         stderr: File descriptor for its log.
+        has_input: Whether its stdin is a pipe from this process, instead of that of this process.
     """
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, text=True, env=dict(variables))
+    stdin = subprocess.PIPE if has_input else None
+    return subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True, env=dict(variables))
 
 
 def restart(variables: Mapping[str, str]) -> Never:

@@ -9,7 +9,7 @@ handled in `cli/server_commands.py`.
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Never
 
@@ -17,6 +17,7 @@ import structlog
 from starlette.types import ASGIApp
 
 from thrave.agent import Agent
+from thrave.buckets.base import ObjectStore
 from thrave.buckets.retrying_store import RetryingStore
 from thrave.components import Components, explain_database_errors, lock_data_directory
 from thrave.compute.base import InstanceInventory
@@ -27,13 +28,14 @@ from thrave.config import Settings
 from thrave.database import STATEMENT_TIMEOUT, DatabaseReplacedError
 from thrave.doctor.store_probe import MAX_AGE, StoreProbe
 from thrave.ec2.app import create_app
-from thrave.ec2.backend import Ec2Backend, Permissions, RateLimit
+from thrave.ec2.backend import AroundAction, Ec2Backend, Permissions, RateLimit, do_nothing
 from thrave.files import ProcessLock
 from thrave.health import STORE, HealthCache
 from thrave.http_server import HttpServer
 from thrave.identity.users import Users
 from thrave.tasks.root_volume_check import RootVolumeCheck
 from thrave.tasks.task_service import BundleTaskService
+from thrave.tasks.workflow import OnState, ignore_state
 
 log = structlog.get_logger()
 DATABASE_TIMEOUT = 5.0  # seconds for a statement of an API process; then the caller gets `Unavailable`
@@ -42,7 +44,26 @@ OnListening = Callable[[str], None]
 """Receives the URL when the service answers requests."""
 
 
-def serve(settings: Settings, on_listening: OnListening) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TestHooks:
+    """What a test double of the service changes (`thrave.testing`).
+
+    Attributes:
+        store: The object store, in place of the one that the settings name.
+        around_action: See `Ec2Backend`.
+        on_state: See `TaskContext`.
+        check_request_time: See `Ec2Backend`.
+    """
+
+    __test__ = False  # pytest: not a class of tests
+
+    store: ObjectStore | None = None
+    around_action: AroundAction = do_nothing
+    on_state: OnState = ignore_state
+    check_request_time: bool = True
+
+
+def serve(settings: Settings, on_listening: OnListening, hooks: TestHooks | None = None) -> None:
     """Run the whole service, the API and the agent of the only host, until SIGTERM or SIGINT.
 
     Raises:
@@ -57,14 +78,21 @@ def serve(settings: Settings, on_listening: OnListening) -> None:
     exists = settings.directory.lock.exists() or settings.directory.vault_key.exists()
     lock = lock_data_directory(settings) if exists else None
     http_server = HttpServer(settings)
-    components = _create_components(settings)
+    hooks = hooks or TestHooks()
+    components = _create_components(settings, store=hooks.store)
     lock = lock or lock_data_directory(settings)
     components.open()
     _ = components.service
-    agent = Agent(components)
+    agent = Agent(components, on_state=hooks.on_state)
     backend = _build_backend(components, components.instances, agent.power, settings.host_id)
     volume_check = RootVolumeCheck(components.instances, settings.image_dirs)
-    app = create_app(replace(backend, find_volume_problem=volume_check.find_problem))
+    backend = replace(
+        backend,
+        find_volume_problem=volume_check.find_problem,
+        around_action=hooks.around_action,
+        check_request_time=hooks.check_request_time,
+    )
+    app = create_app(backend)
     with explain_database_errors(settings):
         agent.start(reports=False)
     start_thread("drained", lambda: _stop_when_drained(agent), on_failure=lambda _error: os._exit(1))
@@ -104,9 +132,11 @@ def run_agent(settings: Settings, on_started: Callable[[], None]) -> None:
         os._exit(status)
 
 
-def _create_components(settings: Settings, *, database_timeout: float = STATEMENT_TIMEOUT) -> Components:
+def _create_components(
+    settings: Settings, *, database_timeout: float = STATEMENT_TIMEOUT, store: ObjectStore | None = None
+) -> Components:
     """Open what needs no database, so that a first start with a wrong setting creates no database and no key."""
-    components = Components(settings, database_timeout, on_replaced=_exit_at_once)
+    components = Components(settings, database_timeout, on_replaced=_exit_at_once, store=store)
     if settings.store == "s3":
         _ = components.buckets
     return components

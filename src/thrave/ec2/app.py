@@ -194,6 +194,7 @@ def authenticate_request(backend: Ec2Backend, request: Ec2Request, request_id: s
                 backend.key_cache,
                 now,
                 allow_signature_v2=backend.allow_signature_v2,
+                check_time=backend.check_request_time,
             )
         except EC2Error as error:
             _log_refusal(request, error, now)
@@ -227,7 +228,8 @@ def handle_request(backend: Ec2Backend, request: Ec2Request, key: AccessKey, req
             if action.check is not None:
                 action.check(backend, caller, parameters)
             raise EC2Error("DryRunOperation")
-        result = action.function(backend, caller, parameters)
+        with backend.around_action(name, parameters):
+            result = action.function(backend, caller, parameters)
         content = serialize(operation, result, version=version, request_id=request_id)
         if len(content) > BYTES_PER_UNIT:
             with suppress(TooManyRequests):  # the action is done: the account's next request is delayed instead

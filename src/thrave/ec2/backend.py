@@ -5,6 +5,7 @@ The backend is passed to every action. The actions are in `bundle_actions`, `ins
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -14,6 +15,7 @@ from thrave.compute.base import InstanceInventory
 from thrave.compute.instance import Instance
 from thrave.compute.power import PowerControl
 from thrave.concurrency import monotonic, new_lock, utc_now
+from thrave.ec2.protocol import Parameters
 from thrave.health import HealthCache
 from thrave.identity.accounts import Accounts, KeyCache, User
 from thrave.identity.policies import is_allowed
@@ -130,6 +132,15 @@ class Permissions:
         return is_allowed(self.users.statements(caller.user), action, resource, context)
 
 
+AroundAction = Callable[[str, Parameters], AbstractContextManager[None]]
+"""Returns a context manager around an action, by the action's name and parameters. It may raise EC2Error."""
+
+
+def do_nothing(_action: str, _parameters: Parameters) -> AbstractContextManager[None]:
+    """Change nothing around an action."""
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ec2Backend:
     """What the EC2 actions use, and the settings that change responses.
@@ -152,6 +163,8 @@ class Ec2Backend:
         find_volume_problem: Returns why the root volume of an instance cannot be bundled, as a message for callers;
             None if no problem is known.
         now: Current time.
+        check_request_time: Whether requests must be new. A test double whose clock a test sets accepts every time.
+        around_action: A test double injects faults with it.
     """
 
     accounts: Accounts
@@ -169,6 +182,8 @@ class Ec2Backend:
     health: HealthCache = field(default_factory=HealthCache)
     find_volume_problem: Callable[[Instance], str | None] = lambda _instance: None
     now: Callable[[], datetime] = utc_now
+    check_request_time: bool = True
+    around_action: AroundAction = do_nothing
 
     def charge(self, caller: Caller, units: int) -> None:
         """Charge a caller's account for the cost of a request beyond the first unit.

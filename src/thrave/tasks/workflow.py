@@ -95,6 +95,16 @@ class TaskSettings:
     """Seconds without progress (a byte read, an object stored) after which a task fails."""
 
 
+OnState = Callable[[str, BundleTaskState], object]
+"""Called with a task's id and state: before a run, when a state was recorded and its work has not begun, at the end.
+
+It may block or raise TaskFailure."""
+
+
+def ignore_state(_bundle_id: str, _state: BundleTaskState) -> None:
+    """Do nothing at a change of state."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskContext:
     """Everything that the tasks of one host share."""
@@ -111,6 +121,8 @@ class TaskContext:
     """Checked before each attempt of a call to the store or the hypervisor."""
     before_attempt: WriteCheck = no_check
     """Called before each attempt of a call to the store: checks the lease for the longest time of an attempt."""
+    on_state: OnState = ignore_state
+    """A test double stops tasks with it, or lets them fail."""
 
 
 class BundleWorkflow:
@@ -271,8 +283,10 @@ class BundleWorkflow:
     def complete(self) -> None:
         """End the task as `complete`, unless an operator has ended it before (`thrave host retire`)."""
         with failpoint("task-ended"):
-            if self._repository.complete(self._task.bundle_id):
-                return
+            is_complete = self._repository.complete(self._task.bundle_id)
+        if is_complete:
+            self._context.on_state(self._task.bundle_id, BundleTaskState.COMPLETE)
+            return
         if self._repository.state(self._task.bundle_id) not in FINISHED:
             raise RuntimeError(f"{self._task.bundle_id} cannot be completed from its state")
         log.warning("task ended before its bundle was complete", bundle_id=self._task.bundle_id)
@@ -292,6 +306,7 @@ class BundleWorkflow:
         failure = TaskFailure(self._task.error_code, self._task.error_message or "")
         with failpoint("task-ended"):
             self._repository.fail(self._task.bundle_id, failure)
+        self._context.on_state(self._task.bundle_id, BundleTaskState.FAILED)
 
     def _run_step(self, step: Step) -> None:
         """Run a step; repeat it while the hypervisor, the database or a resource of the host is unavailable.
@@ -372,6 +387,7 @@ class BundleWorkflow:
         if not self._repository.change_state(self._task.bundle_id, state):
             raise TaskCancelled
         context = self._context
+        context.on_state(self._task.bundle_id, state)
         with TaskMonitor(
             self._repository,
             self._task.bundle_id,
@@ -501,6 +517,7 @@ def run_bundle_task(context: TaskContext, bundle_id: str) -> None:
 
 
 def _run_once(context: TaskContext, bundle_id: str) -> None:
+    context.on_state(bundle_id, BundleTaskState.PENDING)
     task = retry_database(lambda: context.repository.get(bundle_id))
     if task is None or task.host != context.host:
         return
@@ -509,3 +526,5 @@ def _run_once(context: TaskContext, bundle_id: str) -> None:
     run_number = retry_database(lambda: context.repository.start_run(bundle_id))
     if run_number is not None:
         BundleWorkflow(context, task, run_number).run()
+    elif (state := retry_database(lambda: context.repository.state(bundle_id))) is not None:
+        context.on_state(bundle_id, state)  # the task has ended before it started

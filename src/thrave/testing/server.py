@@ -1,16 +1,4 @@
-"""Public API for tests of other projects: a real Thrave service on a free port of 127.0.0.1.
-
-`__all__` lists the public names; everything else in this module may change.
-
-    with ThraveServer.running(tmp_path) as server:
-        account, key = server.account("alice")
-        instance = server.instance(account.account_id, disk)
-        ec2 = server.client(key)                        # boto3's, unmodified
-        ec2.bundle_instance(InstanceId=instance.instance_id, Storage=server.storage(key, "bucket", "prefix"))
-
-With pytest, the fixture `thrave_server` returns such a server. The service is not a mock: it is the `thrave serve`
-command in a process of its own, used through the command line, the data directory and the EC2 API.
-"""
+"""`ThraveServer`: the `thrave serve` command in a process of its own, and what a client of it needs."""
 
 import base64
 import hashlib
@@ -40,8 +28,6 @@ from thrave.concurrency import start_later, start_thread, utc_now
 from thrave.config import DataDirectory, Settings
 from thrave.identity.accounts import AccessKey, Account
 
-__all__ = ["REGION", "ComponentMissingError", "ServerError", "ThraveServer", "import_boto3", "upload_policy"]
-
 REGION = "us-east-1"
 START_TIMEOUT = 120  # seconds, on a busy machine
 _STDERR_TIMEOUT = 5  # seconds to read the rest of stderr of a server that has exited
@@ -67,6 +53,7 @@ class ThraveServer:
     """Settings for the server, as `THRAVE_…` variables."""
     url: str = ""
     process: programs.ServerProcess | None = field(default=None, repr=False)
+    _log: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES), repr=False)
 
     @classmethod
     @contextmanager
@@ -95,7 +82,8 @@ class ThraveServer:
             self.process = self._launch(arguments, {**os.environ, **self.environment}, errors_of_server)
         finally:
             os.close(errors_of_server)
-        kept: deque[str] = deque(maxlen=_KEPT_LINES)
+        kept = self._log
+        kept.clear()
         forward = start_thread(
             "thrave-stderr",
             partial(_forward, errors, os.dup(2), kept),
