@@ -6,9 +6,9 @@ Standard library only, because nothing else is installed there. The user's sudo 
 file name without `.md`; without one, every page is pasted.
 
 Thrave comes from a wheel of this checkout, where a reader's pip asks an index. The README's section "Install" is
-pasted once; each page gets a copy of that virtual environment. The install commands of a page are executed as they
-stand. What they have installed is removed after the page, so that no other page can use it. Prints the terminal of
-each page, and at the end a table.
+pasted once. Each page gets a copy of that virtual environment, the how-tos without the AWS CLI. The install commands
+of a page are executed as they stand. What they have installed is removed after the page, so that no other page can
+use it. Prints the terminal of each page, and at the end a table.
 """
 
 import os
@@ -107,6 +107,8 @@ def result_of(page: Path, home: Path, environment: Mapping[str, str]) -> Result:
     folder = home / page.stem
     folder.mkdir()
     try:
+        if page != README:  # its AWS CLI; the other pages name Debian's, which is older
+            execute("pip uninstall -q -y awscli", home, activated)
         for command in install_commands(text):
             execute(command, home, activated)
         pasted = paste(blocks_of(text, without=["Install"]), folder, activated, timeout=TIMEOUT)
