@@ -105,7 +105,7 @@ def test_key_import_requires_private_file(thrave, thrave_json, tmp_path):
     [
         (["create"], USAGE),
         (["create", "a b"], 1),
-        (["create", "alice", "--certificate", "none.pem"], USAGE),
+        (["create", "alice", "--certificate", "none.pem"], NOT_FOUND),
         (["create", "alice", "--certificate", __file__, "--new-certificate", "keys"], USAGE),
         (["key", "create", "123456789012"], NOT_FOUND),
         (["key", "delete", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),

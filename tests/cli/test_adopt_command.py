@@ -85,12 +85,12 @@ def test_adopt_warns_about_disk_of_other_running_domain(thrave, libvirt, account
     libvirt.define("win", disk)
     libvirt.define("other", disk)
     words = ("instance", "adopt", "win", "--account", account_id, "--platform", "windows")
-    assert "Warning" not in thrave(*words)[2]
+    assert "warning" not in thrave(*words)[2]
     libvirt.start("other")
     status, _, stderr = thrave(*words)
     assert (
         status,
-        f"Warning: the instance cannot be bundled: {disk} is also a disk of the domain other" in stderr,
+        f"warning: the instance cannot be bundled: {disk} is also a disk of the domain other" in stderr,
     ) == (
         0,
         True,
@@ -133,7 +133,7 @@ def test_list_names_domain_with_invalid_metadata(thrave_json, thrave, libvirt, a
         (["win", "--root-device", "vdz"], 1, "there is no disk vdz"),
         (["win", "--root-device-type", "floppy"], 2, "floppy"),
         (["win", "--platform", "beos"], 2, "beos"),
-        (["win", "--secret-file", "/nowhere/passphrase"], 2, "/nowhere/passphrase"),
+        (["win", "--secret-file", "/nowhere/passphrase"], 3, "/nowhere/passphrase"),
         (["win", "--tag", "aws:x=1"], 2, "AWS reserves"),
         (["gone"], 1, "No such file or directory"),
     ],

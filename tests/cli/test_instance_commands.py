@@ -90,6 +90,7 @@ def test_add_stores_tags(thrave_json, add, data):
 def test_add_stores_path_of_secret_file(thrave_json, add, disk, tmp_path, monkeypatch):
     qemu_img("create", "-f", "qcow2", disk, "1M")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "passphrase").write_text("secret")
     shown = thrave_json(*add("--format", "qcow2", "--secret-file", "passphrase"))
     assert shown["rootVolume"]["secretFile"] == str(tmp_path / "passphrase")
 
@@ -114,14 +115,14 @@ def test_add_refuses_wrong_image_format(thrave, add, data, disk, is_really, said
 def test_add_accepts_raw_disk_that_the_guest_has_encrypted(thrave, add, disk):
     disk.write_bytes(b"LUKS\xba\xbe\0\1".ljust(4096, b"\0"))
     status, _, stderr = thrave(*add())
-    assert (status, "Warning" in stderr) == (0, False)
+    assert (status, "warning" in stderr) == (0, False)
 
 
 def test_add_warns_about_image_that_cannot_be_bundled(thrave, add, disk):
     qemu_img("create", "-f", "qcow2", "-u", "-b", "/etc/hostname", "-F", "raw", disk, "1M")
     status, _, stderr = thrave(*add("--format", "qcow2"))
     assert status == 0
-    assert "Warning: the instance cannot be bundled: cannot read /etc/hostname" in stderr
+    assert "warning: the instance cannot be bundled: cannot read /etc/hostname" in stderr
 
 
 @pytest.mark.parametrize("how", ["the same name", "hard link", "symbolic link", "file of its chain", "its other disk"])
@@ -152,7 +153,7 @@ def test_add_prints_warnings_in_json(thrave, thrave_json, add, disk):
     first = thrave_json(*add())["instanceId"]
     status, stdout, stderr = thrave(*add("--state", "stopped"), "--output", "json")
     (warning,) = json.loads(stdout)["warnings"]
-    assert (status, first in warning, "Warning" in stderr) == (0, True, False)
+    assert (status, first in warning, "warning" in stderr) == (0, True, False)
 
 
 def test_add_accepts_template_below_two_overlays(thrave_json, add, disk, tmp_path):
@@ -239,7 +240,7 @@ def test_stop_reports_failed_command(thrave, thrave_json, add, data):
 def test_unknown_instance_is_not_found(thrave, account_id, data, command):
     status, stdout, stderr = thrave("instance", command, "i-0123456789abcdef0", "--data-dir", data)
     assert (status, stdout) == (3, "")
-    assert stderr == "thrave: there is no instance 'i-0123456789abcdef0'\n"
+    assert stderr == "thrave: there is no instance 'i-0123456789abcdef0'. `thrave instance list` lists the instances.\n"
 
 
 @pytest.mark.parametrize(
@@ -248,8 +249,8 @@ def test_unknown_instance_is_not_found(thrave, account_id, data, command):
         (["--account", "000000000000"], 3, "000000000000"),
         (["--platform", "beos"], 2, "beos"),
         (["--format", "vdi"], 2, "'vdi' is not one of raw, qcow2"),
-        (["--root-volume", "/nowhere/win.raw"], 1, "/nowhere/win.raw: No such file"),
-        (["--volume", "/nowhere/d.raw"], 1, "/nowhere/d.raw: No such file"),
+        (["--root-volume", "/nowhere/win.raw"], 3, "/nowhere/win.raw does not exist"),
+        (["--volume", "/nowhere/d.raw"], 3, "/nowhere/d.raw does not exist"),
         (["--volume", "/dev/null"] * 26, 2, "at most 25"),
         (["--id", "i-1"], 1, "instanceId"),
         (["--root-device-type", "floppy"], 2, "floppy"),

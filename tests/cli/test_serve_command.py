@@ -47,7 +47,7 @@ def test_serve_prints_url_and_exits_on_sigterm(tmp_path, options, url_in):
 
 @pytest.mark.parametrize(
     ("options", "status"),
-    [(("--listen-port", "70000"), 2), (("--config", "/no/such/file"), 2), (("--listen-address", "0.0.0.0"), 4)],
+    [(("--listen-port", "70000"), 2), (("--config", "/no/such/file"), 3), (("--listen-address", "0.0.0.0"), 4)],
 )
 def test_serve_failure_has_exit_code(tmp_path, options, status):
     with served(tmp_path, *options) as server:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.options import delete_access_key, open_accounts, settings_option
+from thrave.cli.options import ExistingPath, delete_access_key, open_accounts, settings_option
 from thrave.cli.output import (
     key_document,
     key_documents,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from thrave.config import Settings
     from thrave.identity.accounts import AccessKey, Account
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FILE = ExistingPath(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 

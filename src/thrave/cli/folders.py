@@ -206,5 +206,7 @@ def _translate_os_errors(action: str, path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileMissingError(f"{path} does not exist") from error
+    except PermissionError as error:
+        raise FolderRefusedError(f"cannot {action} {path}: {error.strerror}") from error
     except OSError as error:
         raise FolderError(f"cannot {action} {path}: {error.strerror}") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from thrave.cli.options import ExistingPath
 from thrave.cli.output import output_option, print_result, table
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ _ACTIVATE = "systemd-sysusers thrave.conf && systemd-tmpfiles --create thrave.co
 _DROP_INS = ("overlays", "block-devices")
 
 _root = click.option(
-    "--root", type=click.Path(exists=True, file_okay=False, path_type=Path), default="/", show_default=True,
+    "--root", type=ExistingPath(file_okay=False, path_type=Path), default="/", show_default=True,
     metavar="DIR", help="Root directory of the host, or of an image that is being built.",
 )  # fmt: skip
 _dry_run = click.option("--dry-run", is_flag=True, help="Show what would be done, and change nothing.")

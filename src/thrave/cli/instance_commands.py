@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 
-from thrave.cli.options import open_accounts, require_data_directory, settings_option, tags_option
+from thrave.cli.options import ExistingPath, open_accounts, require_data_directory, settings_option, tags_option
 from thrave.cli.output import find_account, output_option, print_instance, print_result, table
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from thrave.compute.libvirt.driver import LibvirtDriver
     from thrave.config import Settings
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FILE = ExistingPath(dir_okay=False, readable=False, path_type=Path)  # the service reads it, perhaps as another user
+_EXISTING_FILE = ExistingPath(dir_okay=False, path_type=Path)
 
 
 class _ArgumentVector(click.ParamType[tuple[str, ...]]):
@@ -277,7 +277,10 @@ def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> N
     require_data_directory(settings)
     instances = open_driver(settings)
     if shut_down_guest(instances, instance_id, timeout=timeout) != "stopped":
-        raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
+        raise click.ClickException(
+            f"{instance_id} did not power off within {timeout:.0f} seconds. "
+            "Shut it down in the guest, or pass a longer --timeout."
+        )
     print_instance(instances.get(instance_id), output)
 
 

@@ -7,6 +7,7 @@ Only `thrave account create` creates a data directory.
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import importlib
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import click
 
-from thrave.cli.folders import FileMissingError
+from thrave.cli.folders import FileMissingError, FolderRefusedError
 from thrave.cli.output import SIZE_UNITS, TIME_UNITS, print_result
 from thrave.concurrency import utc_now
 
@@ -69,6 +70,8 @@ class PemFile(click.ParamType["_Key"]):
                 pem = file.read(_MAX_PEM_SIZE)
         except FileNotFoundError:
             raise FileMissingError(f"{value} does not exist") from None
+        except PermissionError as error:
+            raise FolderRefusedError(f"cannot read {value}: {error.strerror}") from error
         except OSError as error:
             self.fail(f"cannot read {value}: {error.strerror}", param, ctx)
         try:
@@ -137,7 +140,7 @@ ED25519_PUBLIC_KEY = PemFile(_load_ed25519_public_key)
 
 
 class ExistingPath(click.Path):
-    """A local path that must exist; exit code 3 if it does not."""
+    """A local path that must exist: exit code 3 if it does not, 4 if it must be readable and is not."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
@@ -145,6 +148,8 @@ class ExistingPath(click.Path):
         """Return the path."""
         if not os.path.lexists(value):
             raise FileMissingError(f"{os.fspath(value)} does not exist")
+        if self.readable and not os.access(value, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(value))
         return super().convert(value, param, ctx)
 
 
@@ -183,7 +188,7 @@ _DATA_DIR = click.option(
 )
 _CONFIG = click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=ExistingPath(dir_okay=False, path_type=Path),
     help="Settings file of the service (TOML).",
 )
 
@@ -216,13 +221,10 @@ def make_files_private() -> None:
 
 
 def read_settings(config: Path | None, **given: object) -> Settings:
-    """Load the settings; `given` comes from the command line. Raises click's UsageError if a setting is wrong."""
-    from thrave.config import SettingsError, load_settings
+    """Load the settings; `given` comes from the command line. Raises SettingsError if a setting is wrong."""
+    from thrave.config import load_settings
 
-    try:
-        return load_settings(config, **given)
-    except SettingsError as error:
-        raise click.UsageError(str(error)) from None
+    return load_settings(config, **given)
 
 
 def settings_option(command: Callable[Concatenate[Settings, _Parameters], None]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from thrave.cli.exit_codes import Exit
-from thrave.cli.options import DataFolder, make_files_private, quick_imports, read_settings
+from thrave.cli.options import DataFolder, ExistingPath, make_files_private, quick_imports, read_settings
 from thrave.cli.output import output_option, print_result
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ LISTEN_ADDRESS = click.option("--listen-address", help="IP address or host name 
 LISTEN_PORT = click.option(
     "-p", "--listen-port", type=int, help="TCP port to listen on; 0: any free port.  [default: 8773]"
 )
-CONFIG = click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings file (TOML)."
-)
+CONFIG = click.option("--config", type=ExistingPath(dir_okay=False, path_type=Path), help="Settings file (TOML).")
 
 
 @click.command(short_help="Run EC2 API and worker on one machine, in one process.")
@@ -58,9 +56,10 @@ def serve(
       thrave serve --data-dir /var/lib/thrave --listen-port 8773
       aws --endpoint-url http://127.0.0.1:8773 ec2 describe-bundle-tasks
 
-    Exit codes: 0 stopped, 1 the address, certificate, database or vault key cannot be used, 2 a setting is wrong, 4
-    another service uses the data directory, or plain HTTP on a public address, 30 the drain was ended while the service
-    drained: start it again, 75 another process is now the agent of this host.
+    Exit codes: 0 stopped, 1 the address, certificate, database or vault key cannot be used, 2 a setting is wrong, 3 the
+    settings file does not exist, 4 another service uses the data directory, no permission, or plain HTTP on a public
+    address, 30 the drain was ended while the service drained: start it again, 75 another process is now the agent of
+    this host.
     """
     _stop_on_signals()
     make_files_private()
@@ -90,8 +89,8 @@ def api(
     Example:
       THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave api --data-dir /var/lib/thrave
 
-    Exit codes: 0 stopped, 1 the address, certificate, database or vault key cannot be used, 2 a setting is wrong, 4
-    plain HTTP on a public address.
+    Exit codes: 0 stopped, 1 the address, certificate, database or vault key cannot be used, 2 a setting is wrong, 3 the
+    settings file does not exist, 4 no permission, or plain HTTP on a public address.
     """
     _stop_on_signals()
     make_files_private()
@@ -120,9 +119,9 @@ def agent(host_id: str | None, data_dir: Path | None, config: Path | None, outpu
     Example:
       THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave agent --host-id kvm-17 -d /var/lib/thrave
 
-    Exit codes: 0 stopped or drained, 1 the database or the vault key cannot be used, 2 a setting is wrong, 30 the drain
-    was ended while the agent drained: start it again, 75 another process is now the agent of this host, or another host
-    has adopted its tasks.
+    Exit codes: 0 stopped or drained, 1 the database or the vault key cannot be used, 2 a setting is wrong, 3
+    the settings file does not exist, 4 no permission, 30 the drain was ended while the agent drained: start it again,
+    75 another process is now the agent of this host, or another host has adopted its tasks.
     """
     _stop_on_signals()
     make_files_private()
