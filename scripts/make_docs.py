@@ -367,6 +367,10 @@ meaning of a field does not change. Fields can be added, so ignore unknown ones.
 Sizes are in bytes, times in ISO 8601 and UTC. `name[]` is a list. A field marked "optional" can be absent. Every other
 field is present; it can be null if its text says so. The fields below a null or empty value are absent.
 
+If a command fails, the last line of stderr is a JSON document with the field `error`: the object
+[error](#the-object-error). Warnings, progress and log lines can come before it. Stdout then has no document, except of
+commands that report a failed check or task (`thrave doctor`, `thrave task watch`, `thrave task cancel`).
+
 """
 
 

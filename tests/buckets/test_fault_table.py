@@ -20,8 +20,8 @@ from support.store_faults.fault_table import (
 from thrave.buckets import retrying_store
 from thrave.bundle.errors import BundleError
 from thrave.cli import remote_folders
+from thrave.cli.exit_codes import exit_code
 from thrave.cli.folders import FolderError
-from thrave.cli.main import exit_code
 from thrave.compute import power
 from thrave.tasks import store_calls
 

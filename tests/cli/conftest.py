@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from support.json_fields import find_command, find_differences
+from support.json_fields import find_command, find_differences, find_error_differences
 from thrave.cli.main import main
 
 
@@ -34,6 +34,20 @@ def thrave_json(thrave):
         document = json.loads(stdout)
         assert find_differences(find_command(words), document) == []
         return document
+
+    return run
+
+
+@pytest.fixture
+def thrave_error(thrave):
+    """Runs `thrave … --output json`, which must fail with the documented fields; returns the object `error`."""
+
+    def run(*words):
+        status, _, stderr = thrave(*words, "--output", "json")
+        document = json.loads(stderr.splitlines()[-1])
+        assert find_error_differences(document) == []
+        assert document["error"]["exitCode"] == status != 0
+        return document["error"]
 
     return run
 

@@ -262,7 +262,7 @@ def test_bundle_reports_warnings_about_image(thrave, thrave_json, image, tmp_pat
     (warning,) = made["warnings"]
     assert "internal snapshots" in warning
     _, _, stderr = thrave(*sealing(disk, tmp_path / "c", "--format", "qcow2"))
-    assert f"Warning: {warning}." in stderr
+    assert f"warning: {warning}." in stderr
 
 
 def test_bundle_reads_referenced_files_in_image_dir_only(thrave, thrave_json, image, tmp_path):

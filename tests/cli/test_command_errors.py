@@ -89,10 +89,10 @@ def test_debug_prints_traceback(thrave, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "status", "says"),
     [
-        (PermissionError(13, "x", "/data/thrave.db"), Exit.FAILED, "/data/thrave.db: permission denied for user "),
+        (PermissionError(13, "x", "/data/thrave.db"), Exit.REFUSED, "/data/thrave.db: permission denied for user "),
         (FileNotFoundError(2, "x", "/no/file"), Exit.NOT_FOUND, "/no/file does not exist"),
         (OSError(30, "x", b"/data"), Exit.FAILED, "/data: read-only file system"),
-        (OSError(28, "x"), Exit.FAILED, "No space left on device. Free some space."),
+        (OSError(28, "x"), Exit.FAILED, "No space left on device. Free some space on the file system."),
     ],
 )
 def test_os_error_names_path(thrave, monkeypatch, error, status, says):

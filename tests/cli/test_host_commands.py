@@ -147,7 +147,11 @@ def test_host_adopt_and_retire_refuse_host_with_heartbeat(two, components, thrav
 )
 def test_unknown_host_has_exit_code(two, thrave, words):
     status, stdout, stderr = thrave("host", *words)
-    assert (status, stdout, stderr) == (NOT_FOUND, "", "thrave: There is no host kvm-9\n")
+    assert (status, stdout, stderr) == (
+        NOT_FOUND,
+        "",
+        "thrave: There is no host kvm-9. `thrave host list` lists the hosts.\n",
+    )
 
 
 @pytest.mark.parametrize("words", [["list", "--data-dir", "no-such-folder"], ["show"], ["adopt", "kvm-1"]])

@@ -21,6 +21,14 @@ def test_documentation_has_each_command_with_json_output():
     assert sorted(COMMANDS) == sorted(find_json_commands(command_group))
 
 
+def test_error_has_documented_fields(thrave_error, tmp_path):
+    error = thrave_error("show", tmp_path / "none.manifest.xml")
+    assert (error["code"], error["exitCode"], error["remedy"]) == ("NOT_FOUND", 3, "Check the path.")
+    assert error["message"] == f"{tmp_path / 'none.manifest.xml'} does not exist"
+    assert thrave_error("account", "crate")["code"] == "USAGE"
+    assert thrave_error("serve", "--prot", "1")["remedy"] == "See `thrave serve --help`."
+
+
 TASK_ID = {"host": "a", "lost": "b"}
 
 

@@ -132,7 +132,10 @@ def test_task_cancel_cancels_and_undoes_task(thrave, thrave_json, server, bundle
     assert server.instances.state(instance_id) is InstanceState.RUNNING
     status, stdout, stderr = thrave("task", "cancel", bundle_id)
     assert (status, stdout.strip()) == (REFUSED, "")
-    assert stderr == f"thrave: {bundle_id}: Can't cancel bundle task when the bundle task is failed\n"
+    assert stderr == (
+        f"thrave: {bundle_id}: Can't cancel bundle task when the bundle task is failed. `thrave task list "
+        "--unfinished` lists the tasks that can be cancelled.\n"
+    )
 
 
 def test_task_cancel_continues_after_unknown_task(thrave, bundled, show):
@@ -140,7 +143,10 @@ def test_task_cancel_continues_after_unknown_task(thrave, bundled, show):
     status, stdout, stderr = thrave("task", "cancel", NO_SUCH_TASK, bundle_id)
     assert status == NOT_FOUND
     assert stdout.startswith(bundle_id)
-    assert stderr == f"thrave: {NO_SUCH_TASK}: The bundle task ID '{NO_SUCH_TASK}' does not exist\n"
+    assert stderr == (
+        f"thrave: {NO_SUCH_TASK}: The bundle task ID '{NO_SUCH_TASK}' does not exist. "
+        "`thrave task list` lists the tasks.\n"
+    )
     assert thrave("task", "watch", bundle_id)[0] == TASK_CANCELLED
 
 
@@ -246,7 +252,7 @@ def test_unknown_task_has_exit_code(thrave, words):
     "words",
     [
         ["list", "--state", "done"], ["list", "--since", "yesterday"], ["list", "--limit", "0"], ["cancel"], ["show"],
-        ["list", "--data-dir", "no-such-folder"], ["list", "--config", "no-such-file"],
+        ["list", "--data-dir", "no-such-folder"],
     ],
 )  # fmt: skip
 def test_task_commands_reject_wrong_command_line(thrave, words):

@@ -39,7 +39,16 @@ def find_command(words):
 
 def find_differences(command, document):
     """Return a line for each printed field that is not documented, and for each documented one that is missing."""
-    documented = dict(documented_fields(COMMANDS[command]))
+    return _differences(COMMANDS[command], document)
+
+
+def find_error_differences(document):
+    """Return the same for the document of an error."""
+    return _differences({"error": "@error"}, document)
+
+
+def _differences(fields, document):
+    documented = dict(documented_fields(fields))
     printed = dict(printed_fields(document))
     empty = {path for path, is_empty in printed.items() if is_empty}
     free = tuple(path.removesuffix("{}") for path in documented if path.endswith("{}"))

@@ -15,7 +15,9 @@ import click
 from thrave.bundle.errors import OutputError
 from thrave.bundle.image_output import new_file
 from thrave.bundle.model import manifest_filename, side_filename
+from thrave.cli.error_output import print_warning
 from thrave.cli.exit_codes import Exit
+from thrave.cli.folders import FolderError
 from thrave.cli.interrupts import clean_up_on_signals
 from thrave.cli.options import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY, ExistingPath
 from thrave.cli.output import format_size, output_option, print_result
@@ -72,7 +74,7 @@ def new_bundle(folder: Path, prefix: str) -> Iterator[NewBundle]:
 
     Raises:
         BundleExists: The folder contains a manifest of this name.
-        click.ClickException: The folder cannot be created or written.
+        FolderError: The folder cannot be created or written.
     """
     bundle = NewBundle(folder, prefix)
     if bundle.manifest.exists():
@@ -83,7 +85,7 @@ def new_bundle(folder: Path, prefix: str) -> Iterator[NewBundle]:
     except (OSError, OutputError) as error:
         bundle.remove()
         reason = error.strerror if isinstance(error, OSError) else error
-        raise click.ClickException(f"cannot write to {folder}: {reason}") from error
+        raise FolderError(f"cannot write to {folder}: {reason}") from error
     except BaseException:
         bundle.remove()
         raise
@@ -177,7 +179,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option(
     "--image-dir",
     "directories",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=ExistingPath(file_okay=False, path_type=Path),
     multiple=True,
     metavar="DIR",
     help="Folder of files to which the image may refer, in addition to its own folder. Repeatable.",
@@ -250,7 +252,7 @@ def bundle(
             )
         )
         for warning in warnings:
-            click.echo(f"Warning: {warning}.", err=True)
+            print_warning(f"{warning}.")
         with new_bundle(folder, prefix) as new:
             sealer = Sealer(volume, prefix, compression=compression)
             with progress_bar("sealing", sealer.data_size) as bar, bar.following(lambda: sealer.progress):
@@ -294,8 +296,7 @@ def _warn_about_unrelated_key(
     own = signing_key.public_key().public_numbers()
     keys = (certificate.public_key() for certificate in (user_certificate, service_certificate))
     if all(not isinstance(key, RSAPublicKey) or key.public_numbers() != own for key in keys):
-        click.echo(
-            "Warning: the signing key belongs to neither certificate. To verify the signature, a reader needs the "
-            "certificate of this key.",
-            err=True,
+        print_warning(
+            "the signing key belongs to neither certificate. To verify the signature, a reader needs the certificate "
+            "of this key."
         )

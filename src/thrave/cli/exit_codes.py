@@ -6,13 +6,14 @@ from `MEANING`. No module of the service is imported here, so that `thrave --hel
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import thrave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import thrave.buckets.errors
     import thrave.bundle.errors
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import thrave.testing
     import thrave.vault
     import thrave.volumes.errors  # noqa: TC004 (the names are looked up when an error has occurred)
+
+_Value = TypeVar("_Value")
 
 
 class Exit(IntEnum):
@@ -56,7 +59,7 @@ MEANING: dict[Exit, str] = {
     Exit.FAILED: "Failed; the reason is on stderr.",
     Exit.USAGE: "The command line is wrong.",
     Exit.NOT_FOUND: "A file, account, instance, bundle task or bucket does not exist.",
-    Exit.REFUSED: "Refused: wrong state, name in use, limit reached, access denied, or plain HTTP on a public address.",
+    Exit.REFUSED: "Refused: wrong state, name in use, limit reached, no permission, or plain HTTP on a public address.",
     Exit.DAMAGED: "The bundle is damaged or forged: a signature, digest, size or name is wrong.",
     Exit.WRONG_KEY: "The bundle was not encrypted for this private key.",
     Exit.MISSING_COMPONENT: "A required program or library is not installed; stderr names the package.",
@@ -114,14 +117,83 @@ EXITS: tuple[tuple[Callable[[], type[Exception]], Exit], ...] = (
     (lambda: thrave.testing.ComponentMissingError, Exit.MISSING_COMPONENT),
 )
 
+# What to do about errors whose message does not say it; the first match decides.
+REMEDIES: tuple[tuple[Callable[[], type[Exception]], str], ...] = (
+    (
+        lambda: thrave.bundle.errors.WrongKeyError,
+        "Pass the private key that belongs to one of the two certificates of the bundle.",
+    ),
+    (
+        lambda: thrave.bundle.errors.PartMissingError,
+        "Copy the part into the directory of the manifest; without it the bundle cannot be opened.",
+    ),
+    (
+        lambda: thrave.bundle.errors.SignatureError,
+        "Pass the certificate of the signer; if this is the certificate, do not trust the bundle.",
+    ),
+    (
+        lambda: thrave.bundle.errors.PartDamagedError,
+        "Copy the part again from another copy of the bundle.",
+    ),
+    (lambda: thrave.bundle.errors.DamagedError, "Get another copy of the bundle."),
+    (lambda: thrave.cli.folders.FileMissingError, "Check the path."),
+    (
+        lambda: thrave.identity.errors.NoSuchEntity,
+        "`thrave account list` lists accounts and keys, `thrave account user list` the users of an account.",
+    ),
+    (
+        lambda: thrave.identity.errors.EntityAlreadyExists,
+        "Choose another name; `thrave account list` lists the existing accounts.",
+    ),
+    (lambda: thrave.tasks.errors.BundleTaskNotFound, "`thrave task list` lists the tasks."),
+    (
+        lambda: thrave.tasks.errors.BundleTaskNotCancellable,
+        "`thrave task list --unfinished` lists the tasks that can be cancelled.",
+    ),
+    (lambda: thrave.tasks.errors.NoSuchHost, "`thrave host list` lists the hosts."),
+    (lambda: thrave.compute.errors.InstanceNotFound, "`thrave instance list` lists the instances."),
+    (lambda: thrave.compute.errors.InstanceAlreadyExists, "Choose another id, or remove that instance first."),
+)
+
+
+def remedy_of(error: Exception) -> str | None:
+    """Return what to do about an expected error, if its message does not say it."""
+    return _find(REMEDIES, error) or remedy_of_os_error(_os_cause(error.__cause__))
+
+
+def _os_cause(error: BaseException | None) -> OSError | None:
+    """Return the error of the system that caused an error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error
+
+
+def remedy_of_os_error(error: OSError | None) -> str | None:
+    """Return what to do about an error of the system: no permission, no space, no file."""
+    if isinstance(error, PermissionError):
+        return "Check the owner and mode of the file and its directory, or run the command as another user."
+    if isinstance(error, FileNotFoundError):
+        return "Check the path."
+    if error is not None and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "Free some space on the file system."
+    return None
+
 
 def exit_code(error: Exception) -> Exit | None:
-    """Return the exit code of an expected error, None for an unexpected one."""
-    for get_class, code in EXITS:
+    """Return the exit code of an expected error, None for an unexpected one.
+
+    A failure because of a missing permission is a refusal, whatever the command did.
+    """
+    code = _find(EXITS, error)
+    return Exit.REFUSED if code is Exit.FAILED and isinstance(_os_cause(error.__cause__), PermissionError) else code
+
+
+def _find(table: Sequence[tuple[Callable[[], type[Exception]], _Value]], error: Exception) -> _Value | None:
+    for get_class, value in table:
         try:
             error_class = get_class()
         except AttributeError:  # the module is not imported, so it did not raise this error
             continue
         if isinstance(error, error_class):
-            return code
+            return value
     return None

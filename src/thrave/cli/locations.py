@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import click
 
 from thrave.bundle.model import MANIFEST_SUFFIX, bound_side_filename, side_filename
+from thrave.cli.error_output import print_warning
 from thrave.cli.folders import FileMissingError, Folder, FolderRefusedError, LocalFolder, WritableFolder
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def read_side_file_at(location: Location[Folder], filename: str | None) -> bytes
         return None
     except FolderRefusedError as error:
         if filename == location.side_file:
-            click.echo(f"thrave: continuing without a side file: {error}", err=True)
+            print_warning(f"continuing without a side file: {error}")
         return None
 
 

@@ -1,13 +1,11 @@
-"""The `thrave` command: the table of its commands, and how errors are printed.
+"""The `thrave` command: the table of its commands, and what happens with their errors.
 
-A command's module is imported when the command runs, so that `thrave --help` is quick. An error is printed as one line
-on stderr, with an exit code of `cli/exit_codes.py`. The traceback of an unexpected error is written to a file, or to
-stderr with `--debug`.
+A command's module is imported when the command runs, so that `thrave --help` is quick. An error is printed by
+`cli/error_output.py`, with an exit code of `cli/exit_codes.py`. The traceback of an unexpected error is written to a
+file, or to stderr with `--debug`.
 """
 
-import errno
 import importlib
-import io
 import os
 import sys
 import tempfile
@@ -18,7 +16,8 @@ from pathlib import Path
 
 import click
 
-from thrave.cli.exit_codes import Exit, exit_code
+from thrave.cli.error_output import ErrorReport, describe, print_error, wants_json
+from thrave.cli.exit_codes import Exit
 from thrave.cli.output import printable_lines
 
 # command -> module and attribute. The order is the order of `thrave --help`.
@@ -96,34 +95,27 @@ def main() -> None:
     try:
         _check_utf8(arguments)
         thrave.main(standalone_mode=False)
-    except click.exceptions.NoSuchCommand as error:
-        _exit_with(_suggest_harmless(error))
-    except click.ClickException as error:
-        _exit_with(error)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(Exit.INTERRUPTED)
     except BrokenPipeError:  # `| head` has exited; the interpreter must not write the rest at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.FAILED)
     except Exception as error:  # noqa: BLE001 (for any error a user gets one line)
-        if "--debug" in arguments[:1]:
-            traceback.print_exc()
-        code = exit_code(error)
-        if code is not None:
-            text = str(error)
-        elif isinstance(error, OSError) and (described := _describe_os_error(error)):
-            code, text = described
-        else:
-            code, text = Exit.FAILED, _report_unexpected(error, arguments)
-        click.echo(f"thrave: {printable_lines(text)}", err=True)
-        sys.exit(code)
+        sys.exit(_report(error, arguments))
 
 
-def _exit_with(error: click.ClickException) -> None:
-    message = io.StringIO()
-    error.show(message)
-    click.echo(printable_lines(message.getvalue()), nl=False, err=True)
-    sys.exit(error.exit_code)
+def _report(error: Exception, arguments: list[str]) -> int:
+    """Print an error, and return the exit code."""
+    if "--debug" in arguments[:1]:
+        traceback.print_exc()
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):  # a group without a command prints its help
+        click.echo(printable_lines(error.format_message()), err=True)
+        return error.exit_code
+    if isinstance(error, click.exceptions.NoSuchCommand):
+        error = _suggest_harmless(error)
+    report = describe(error) or ErrorReport(Exit.FAILED, *_report_unexpected(error, arguments))
+    print_error(report, as_json=wants_json(arguments))
+    return report.exit_code
 
 
 def _suggest_harmless(error: click.exceptions.NoSuchCommand) -> click.ClickException:
@@ -169,28 +161,8 @@ def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _describe_os_error(error: OSError) -> tuple[Exit, str] | None:
-    """Return the exit code and the message for an OSError; None if the error does not name a file."""
-    if error.errno is None:
-        return None
-    reason = os.strerror(error.errno)
-    if error.filename is None:
-        return (Exit.FAILED, f"{reason}. Free some space.") if error.errno == errno.ENOSPC else None
-    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
-    if isinstance(error, FileNotFoundError):
-        return Exit.NOT_FOUND, f"{name} does not exist"
-    if isinstance(error, PermissionError):
-        from thrave.files import user_name
-
-        return (
-            Exit.FAILED,
-            f"{name}: {reason.lower()} for user {user_name()}. Check the owner and mode of the file and its folder.",
-        )
-    return Exit.FAILED, f"{name}: {reason.lower()}"
-
-
-def _report_unexpected(error: Exception, arguments: list[str]) -> str:
-    """Write the traceback of an unexpected error to a file; return a message with the path.
+def _report_unexpected(error: Exception, arguments: list[str]) -> tuple[str, str]:
+    """Write the traceback of an unexpected error to a file; return a message, and a remedy with the path.
 
     Messages of libraries may contain secrets, so only this user can read the file.
     """
@@ -201,5 +173,5 @@ def _report_unexpected(error: Exception, arguments: list[str]) -> str:
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(traceback.format_exception(error))
     except OSError:
-        return f"{message}. `thrave --debug {command} …` prints the details."
-    return f"{message}. The details are in {path}; please report them."
+        return message, f"`thrave --debug {command} …` prints the details."
+    return message, f"The details are in {path}; please report them."

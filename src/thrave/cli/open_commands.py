@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from thrave.cli.error_output import print_warning
 from thrave.cli.folders import FolderParts, read_ahead
 from thrave.cli.interrupts import clean_up_on_signals
 from thrave.cli.locations import LOCATION, read_documents, read_manifest_file
@@ -189,7 +190,7 @@ def _warn_about_incomplete_image(target: Path | None) -> Iterator[None]:
         yield
     except Exception:
         if target is None:
-            click.echo("thrave: the image on stdout is incomplete. Do not use it.", err=True)
+            print_warning("the image on stdout is incomplete. Do not use it.")
         raise
 
 

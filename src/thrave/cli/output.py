@@ -88,7 +88,7 @@ def print_result(output: str, document: Json, text: str, *, err: bool = False) -
     """
     if output == "json":
         document_text = json.dumps(document, indent=2, default=_plain, ensure_ascii=False)
-        click.echo(_escaped(document_text, _json_escape), err=err)
+        click.echo(escape_json(document_text), err=err)
     else:
         click.echo(printable_lines(text), err=err)
 
@@ -109,6 +109,11 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Escape characters that a terminal could interpret, but keep line ends."""
     return _escaped(text, lambda letter: f"\\u{ord(letter):04x}" if letter < "\U00010000" else f"\\U{ord(letter):08x}")
+
+
+def escape_json(text: str) -> str:
+    """Escape the same characters in a JSON document, which stays the same document."""
+    return _escaped(text, _json_escape)
 
 
 def _escaped(text: str, escape: Callable[[str], str]) -> str:
@@ -135,8 +140,10 @@ def print_instance(instance: Instance, output: str, warnings: Sequence[str] = ()
     result = to_document(instance) | ({"warnings": [*warnings]} if warnings else {})
     print_result(output, result, f"{instance.instance_id} {instance.state}")
     if output == "text":
+        from thrave.cli.error_output import print_warning
+
         for warning in warnings:
-            click.echo(printable_lines(f"Warning: {warning}."), err=True)
+            print_warning(f"{warning}.")
 
 
 SIZE_UNITS = {"": 1, "B": 1} | {

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.exit_codes import Exit, exit_code
+from thrave.cli.error_output import ErrorReport, print_error
+from thrave.cli.exit_codes import Exit, exit_code, remedy_of
 from thrave.cli.options import Since, open_service, settings_option
 from thrave.cli.output import output_option, print_result
 from thrave.tasks.models import UNFINISHED, BundleTaskState
@@ -168,8 +169,10 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
             try:
                 cancelled.append(_cancel(queries, records, bundle_id))
             except BundleTaskError as error:
-                click.echo(f"thrave: {bundle_id}: {error}", err=True)
-                codes.append(exit_code(error) or Exit.FAILED)
+                code = exit_code(error) or Exit.FAILED
+                report = ErrorReport(code, f"{bundle_id}: {error}", remedy_of(error))
+                print_error(report, as_json=output == "json")
+                codes.append(code)
     text = "\n".join(f"{report.task.bundle_id} {report.task.state}" for report in cancelled)
     print_result(output, {"tasks": [task_document(report) for report in cancelled]}, text)
     sys.exit(codes[0] if codes else Exit.OK)

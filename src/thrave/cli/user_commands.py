@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
+from thrave.cli.error_output import print_warning
 from thrave.cli.options import delete_access_key, open_identity, settings_option
 from thrave.cli.output import (
     key_document,
@@ -149,7 +150,7 @@ def _warn_about_unknown_actions(document: str) -> None:
     from thrave.identity.policies import unmatched_actions
 
     for action in unmatched_actions(document, EC2.name, EC2.model.operation_names):
-        click.echo(f'thrave: warning: EC2 has no action "{action}"; this part of the policy has no effect', err=True)
+        print_warning(f'EC2 has no action "{action}"; this part of the policy has no effect')
 
 
 @policy.command("delete")
