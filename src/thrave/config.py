@@ -68,6 +68,8 @@ _CHECKS_OF_A_TASK = 16  # concurrent requests of one task that check or delete i
 _CONNECTIONS_OF_THE_SERVICE = 32  # to the store: cleanup, and bucket checks of API requests
 _FILES_OF_A_TASK = 16  # its volume, its pipes
 _FILES_OF_THE_SERVICE = 64
+MAX_MONITORING_CONNECTIONS = 20
+"""Maximum number of connections to the monitoring listener."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?")
 
@@ -366,6 +368,18 @@ class Settings(BaseModel):
     log_format: Literal["text", "json"] = Field(
         "text", description="Format of log lines. `text`: for people. `json`: for programs."
     )
+    monitoring_address: str = Field(
+        "127.0.0.1",
+        description="IP address or host name of the monitoring listener. It uses plain HTTP without authentication: on "
+        "another address than loopback, any client that can reach it can read names of hosts and IDs of instances.",
+    )
+    monitoring_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="TCP port of the monitoring listener, with `/healthz` and `/readyz`. 0: any free port. Default: no "
+        "listener.",
+    )
     failpoint: str | None = Field(
         None, description="For tests: the process kills itself at this failpoint, for example `part-stored, after`."
     )
@@ -450,7 +464,8 @@ class Settings(BaseModel):
     def max_open_files(self) -> int:
         """Largest number of files that a process opens with these settings."""
         of_tasks = self.worker_concurrency * _FILES_OF_A_TASK
-        return self.max_connections + self.max_store_connections + of_tasks + _FILES_OF_THE_SERVICE
+        of_monitoring = 0 if self.monitoring_port is None else MAX_MONITORING_CONNECTIONS
+        return self.max_connections + self.max_store_connections + of_tasks + of_monitoring + _FILES_OF_THE_SERVICE
 
     @property
     def max_store_connections(self) -> int:

@@ -31,7 +31,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from thrave.config import Settings
+from thrave.concurrency import start_thread
+from thrave.config import MAX_MONITORING_CONNECTIONS, Settings
 
 GRACEFUL_SHUTDOWN_TIMEOUT = 3  # seconds for the requests in progress when the service stops
 KEEP_ALIVE_TIMEOUT = 5  # seconds that a connection may be idle between two requests
@@ -44,6 +45,7 @@ MAX_BODY_SIZE = 8 * 1024 * 1024  # bytes of a body that are read; a too large bo
 MAX_CHUNKED_SIZE = 256 * 1024  # bytes of a chunked body that are read, with extensions and trailers
 MAX_CHUNKS = 512
 MAX_PIPELINED_REQUESTS = 8  # requests that a client may send before an earlier one is answered
+MONITORING_TIMEOUT = 30.0  # seconds for a request to the monitoring listener, and for its response
 SLICE = 16 * 1024  # bytes that are parsed before the limits are checked again
 
 log = structlog.get_logger()
@@ -105,7 +107,7 @@ class HttpServer:
         self._settings = settings
         _raise_file_limit(settings.max_open_files)
         self._tls = _read_tls(settings)
-        self._socket = _listen(settings.listen_address, settings.listen_port)
+        self._socket = _listen(settings.listen_address, settings.listen_port, "listen")
         if not (self._tls or settings.plain_http == "anywhere" or _is_loopback(self._socket)):
             self._socket.close()
             raise PlainHttpNotAllowed(
@@ -117,33 +119,75 @@ class HttpServer:
     @property
     def url(self) -> str:
         """The URL for clients, with the actual port if the setting is 0."""
-        host, port = self._socket.getsockname()[:2]
-        return f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        return _url(self._socket, "https" if self._tls else "http")
 
     def serve(self, app: ASGIApp, on_listening: Callable[[str], None]) -> None:
         """Answer requests until SIGTERM or SIGINT; call `on_listening(url)` when requests are answered."""
-        config = _Config(
-            app,
-            http=ClientConnection,
-            loop="asyncio",  # also if another one is installed: `_PEER` depends on it
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # any client could send them
-            timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
-            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT,
-            ssl_certfile=self._tls.certificate if self._tls else None,
-            ssl_keyfile=self._tls.key if self._tls else None,
-        )
-        config.max_connections = self._settings.max_connections
-        config.request_timeout = self._settings.request_timeout
-        if self._tls:
-            config.load()
-            assert config.ssl is not None
-            config.ssl.sslobject_class = _TlsConnection
+        config = _server_config(app, self._settings.max_connections, self._settings.request_timeout, self._tls)
         _Server(config, partial(on_listening, self.url)).run(sockets=[self._socket])
+
+
+class MonitoringServer:
+    """Listens on the address of the monitoring settings from its creation on, and serves an application in a thread.
+
+    Plain HTTP, without authentication: it serves nothing that is secret and changes nothing.
+
+    Args:
+        address: Address of this machine.
+        port: 0: any free port.
+
+    Raises:
+        ListeningError: The service cannot listen on the address.
+    """
+
+    def __init__(self, address: str, port: int) -> None:
+        self._socket = _listen(address, port, "monitoring")
+
+    @property
+    def url(self) -> str:
+        """The URL, with the actual port."""
+        return _url(self._socket, "http")
+
+    def start(self, app: ASGIApp) -> None:
+        """Answer requests from now on, until the process ends."""
+        config = _server_config(app, MAX_MONITORING_CONNECTIONS, MONITORING_TIMEOUT, None)
+        start_thread(
+            "monitoring",
+            lambda: _Server(config, lambda: None).run(sockets=[self._socket]),
+            on_failure=lambda error: log.error("background job failed", job="monitoring", exc_info=error),
+        )
+
+
+def open_monitoring(settings: Settings) -> MonitoringServer | None:
+    """Listen for monitoring, if the settings name a port. Raises ListeningError."""
+    if settings.monitoring_port is None:
+        return None
+    return MonitoringServer(settings.monitoring_address, settings.monitoring_port)
+
+
+def _server_config(app: ASGIApp, max_connections: int, request_timeout: float, tls: Tls | None) -> "_Config":
+    config = _Config(
+        app,
+        http=ClientConnection,
+        loop="asyncio",  # also if another one is installed: `_PEER` depends on it
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # any client could send them
+        timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT,
+        ssl_certfile=tls.certificate if tls else None,
+        ssl_keyfile=tls.key if tls else None,
+    )
+    config.max_connections = max_connections
+    config.request_timeout = request_timeout
+    if tls:
+        config.load()
+        assert config.ssl is not None
+        config.ssl.sslobject_class = _TlsConnection
+    return config
 
 
 class _Config(uvicorn.Config):
@@ -418,13 +462,20 @@ def _read_tls(settings: Settings) -> Tls | None:
     return tls
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _url(listener: socket.socket, scheme: str) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _listen(host: str, port: int, setting: str) -> socket.socket:
+    """Listen on an address, which the settings `{setting}_address` and `{setting}_port` name."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         server_socket = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:  # socket.gaierror is one
         raise AddressError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}. Change `listen_address` or `listen_port`."
+            f"cannot listen on {host} port {port}: {error.strerror or error}. Change `{setting}_address` or "
+            f"`{setting}_port`."
         ) from error
     listener = _ListeningSocket(family, fileno=server_socket.detach())
     listener.set_inheritable(False)

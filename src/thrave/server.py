@@ -26,13 +26,14 @@ from thrave.compute.power import PowerControl
 from thrave.concurrency import start_thread
 from thrave.config import Settings
 from thrave.database import STATEMENT_TIMEOUT, DatabaseReplacedError
-from thrave.doctor.store_probe import MAX_AGE, StoreProbe
+from thrave.doctor.component_probes import MAX_AGE, database_probe, hypervisor_probe, store_probe
 from thrave.ec2.app import create_app
 from thrave.ec2.backend import AroundAction, Ec2Backend, Permissions, RateLimit, do_nothing
 from thrave.files import ProcessLock
-from thrave.health import STORE, HealthCache
-from thrave.http_server import HttpServer
+from thrave.health import DATABASE, HYPERVISOR, STORE, HealthCache
+from thrave.http_server import HttpServer, MonitoringServer, open_monitoring
 from thrave.identity.users import Users
+from thrave.monitoring import MonitoringApp
 from thrave.tasks.root_volume_check import RootVolumeCheck
 from thrave.tasks.task_service import BundleTaskService
 from thrave.tasks.workflow import OnState, ignore_state
@@ -77,14 +78,15 @@ def serve(settings: Settings, on_listening: OnListening, hooks: TestHooks | None
     # locked when it is certain that the service can listen, so that a failed start creates nothing.
     exists = settings.directory.lock.exists() or settings.directory.vault_key.exists()
     lock = lock_data_directory(settings) if exists else None
-    http_server = HttpServer(settings)
+    http_server, monitoring = HttpServer(settings), open_monitoring(settings)
     hooks = hooks or TestHooks()
     components = _create_components(settings, store=hooks.store)
     lock = lock or lock_data_directory(settings)
     components.open()
     _ = components.service
     agent = Agent(components, on_state=hooks.on_state)
-    backend = _build_backend(components, components.instances, agent.power, settings.host_id)
+    health = _start_probes(settings, DATABASE, STORE, HYPERVISOR)
+    backend = _build_backend(components, components.instances, agent.power, settings.host_id, health)
     volume_check = RootVolumeCheck(components.instances, settings.image_dirs)
     backend = replace(
         backend,
@@ -96,6 +98,7 @@ def serve(settings: Settings, on_listening: OnListening, hooks: TestHooks | None
     with explain_database_errors(settings):
         agent.start(reports=False)
     start_thread("drained", lambda: _stop_when_drained(agent), on_failure=lambda _error: os._exit(1))
+    _start_monitoring(monitoring, health)
     _serve_requests(http_server, app, on_listening, lock)
 
 
@@ -105,12 +108,14 @@ def serve_api(settings: Settings, on_listening: OnListening) -> None:
     Raises:
         As `serve`.
     """
-    http_server = HttpServer(settings)
+    http_server, monitoring = HttpServer(settings), open_monitoring(settings)
     components = _create_components(settings, database_timeout=DATABASE_TIMEOUT)
     components.open()
     _ = components.service
     fleet = FleetInventory(components.database)
-    app = create_app(_build_backend(components, fleet, fleet, None))
+    health = _start_probes(settings, DATABASE, STORE)
+    app = create_app(_build_backend(components, fleet, fleet, None, health))
+    _start_monitoring(monitoring, health)
     _serve_requests(http_server, app, on_listening, None)
 
 
@@ -118,8 +123,9 @@ def run_agent(settings: Settings, on_started: Callable[[], None]) -> None:
     """Run the agent of a fleet's host until the host is drained, or a signal. Calls `on_started` when it works.
 
     Raises:
-        As `serve`, except ListeningError.
+        As `serve`.
     """
+    monitoring = open_monitoring(settings)
     components = _create_components(settings)
     _ = components.instances
     components.open()
@@ -127,6 +133,8 @@ def run_agent(settings: Settings, on_started: Callable[[], None]) -> None:
     agent = Agent(components)
     with explain_database_errors(settings):
         agent.start(reports=True)
+    if monitoring is not None:
+        _start_monitoring(monitoring, _start_probes(settings, DATABASE, STORE, HYPERVISOR))
     on_started()
     if status := agent.wait():
         os._exit(status)
@@ -149,9 +157,13 @@ def _exit_at_once(error: DatabaseReplacedError) -> Never:
 
 
 def _build_backend(
-    components: Components, instances: InstanceInventory, power: PowerControl, default_host: str | None
+    components: Components,
+    instances: InstanceInventory,
+    power: PowerControl,
+    default_host: str | None,
+    health: HealthCache,
 ) -> Ec2Backend:
-    """Build what the EC2 actions use, and start the probe of the store."""
+    """Build what the EC2 actions use."""
     settings = components.settings
     tasks = BundleTaskService(
         components.database,
@@ -161,8 +173,6 @@ def _build_backend(
         retention=timedelta(days=settings.task_retention_days),
         max_per_account=settings.max_tasks_per_account,
     )
-    health = HealthCache({STORE: MAX_AGE})
-    StoreProbe(settings, health).start()
     return Ec2Backend(
         accounts=components.accounts,
         instances=instances,
@@ -177,6 +187,23 @@ def _build_backend(
         is_allowed=Permissions(users=Users(components.database), region=settings.region).is_allowed,
         health=health,
     )
+
+
+def _start_probes(settings: Settings, *components: str) -> HealthCache:
+    """Start the probes of these components; return the cache that receives their results."""
+    health = HealthCache(dict.fromkeys(components, MAX_AGE))
+    for component in components:
+        _PROBES[component](settings, health).start()
+    return health
+
+
+_PROBES = {DATABASE: database_probe, STORE: store_probe, HYPERVISOR: hypervisor_probe}
+
+
+def _start_monitoring(monitoring: MonitoringServer | None, health: HealthCache) -> None:
+    if monitoring is not None:
+        monitoring.start(MonitoringApp(health))
+        log.info("monitoring started", address=monitoring.url)
 
 
 def _serve_requests(http_server: HttpServer, app: ASGIApp, on_listening: OnListening, lock: ProcessLock | None) -> None:

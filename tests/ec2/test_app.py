@@ -1,5 +1,6 @@
 """The API over real HTTP: unmodified boto3, and raw sockets for requests that no client sends."""
 
+import json
 import re
 import socket
 import urllib.request
@@ -15,6 +16,7 @@ from structlog.testing import capture_logs
 
 from support.buckets.s3_storage import storage
 from thrave.ec2.app import MAX_BYTES, create_app
+from thrave.health import DATABASE, STORE, HealthCache
 
 DESCRIBE = b"Action=DescribeBundleTasks&Version=2016-11-15"
 FORM = "application/x-www-form-urlencoded"
@@ -205,3 +207,26 @@ def test_presigned_url_bundles_without_headers(service, ec2, method):
     with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=20) as response:
         assert b"<state>pending</state>" in response.read()
     assert [task["InstanceId"] for task in ec2.describe_bundle_tasks()["BundleTasks"]] == ["i-12345678"]
+
+
+def request_unsigned(endpoint, path, method="GET"):
+    return send(endpoint, f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+
+
+def test_health_checks_need_no_signature_and_show_no_error(service, current_app):
+    health = HealthCache({DATABASE: 1.0, STORE: 1.0})
+    current_app.app = create_app(replace(service.backend, health=health))
+    assert request_unsigned(current_app.url, "/healthz")[0] == 200
+    health.record(DATABASE, None)
+    health.record(STORE, "Cannot connect to store.internal")
+    status, headers, body = request_unsigned(current_app.url, "/readyz")
+    assert (status, headers["content-type"]) == (503, "application/json")
+    assert json.loads(body)["components"] == {"database": {"state": "ok"}, "store": {"state": "failed"}}
+    health.record(STORE, None)
+    assert request_unsigned(current_app.url, "/readyz?Action=DescribeInstances")[0] == 200
+    assert request_unsigned(current_app.url, "/readyz", "HEAD")[::2] == (200, "")
+
+
+@pytest.mark.parametrize(("path", "method"), [("/healthz/", "GET"), ("/healthz", "POST"), ("/metrics", "GET")])
+def test_other_paths_and_methods_are_refused_as_before(endpoint, path, method):
+    assert code_of(request_unsigned(endpoint, path, method)) == "InvalidPath"

@@ -10,7 +10,7 @@ from botocore.exceptions import ClientError
 from support.buckets.s3_storage import storage
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
-from thrave.doctor.store_probe import MAX_AGE, StoreProbe
+from thrave.doctor.component_probes import MAX_AGE, store_probe
 from thrave.ec2.app import create_app
 from thrave.health import STORE, HealthCache
 from thrave.tasks import root_volume_check
@@ -109,7 +109,7 @@ def unreachable_store():
 def test_bundle_instance_reports_a_broken_store_and_sends_it_nothing(service, ec2, use_backend, unreachable_store):
     service.add_instance(INSTANCE)
     health = HealthCache({STORE: MAX_AGE})
-    StoreProbe(unreachable_store, health).run()
+    store_probe(unreachable_store, health).run()
     use_backend(health=health, buckets=None)
     status, code, message = refusal(ec2, service)
     assert (status, code) == (503, "Unavailable")

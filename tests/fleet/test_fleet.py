@@ -4,9 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 import sqlalchemy as sa
@@ -81,6 +84,26 @@ def test_api_responds_without_agents(fleet, alice, tmp_path):
     assert describe_task(ec2, bundle_id)["State"] == "pending"
     ec2.cancel_bundle_task(BundleId=bundle_id)
     assert describe_task(ec2, bundle_id)["BundleTaskError"]["Code"] == "Client.Cancelled"
+
+
+def readiness(url):
+    """Return the status of `/readyz`, and the components that cannot be used."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz") as response:
+            return response.status, []
+    except urllib.error.HTTPError as error:
+        with error:
+            components = json.load(error)["components"]
+            return error.code, [name for name, health in components.items() if health["state"] != "ok"]
+
+
+def test_agent_and_api_process_report_components_that_they_cannot_use(fleet):
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as store:
+        port, closed = listener.getsockname()[1], store.getsockname()[1]
+    key = {"s3_access_key_id": "AKIA", "s3_secret_access_key": "secret", "upload_credentials": "service"}
+    fleet.agent("host-a", monitoring_port=port, store="s3", s3_endpoint=f"http://127.0.0.1:{closed}", **key)
+    eventually(lambda: readiness(f"http://127.0.0.1:{port}"), until=one_of((503, ["store"])))
+    eventually(lambda: readiness(fleet.first.url), until=one_of((200, [])))
 
 
 def test_power_requests_are_carried_out_by_host(fleet, alice, tmp_path):

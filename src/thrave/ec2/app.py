@@ -28,6 +28,7 @@ from thrave.ec2.errors import EC2Error, to_ec2_error
 from thrave.ec2.protocol import ProtocolError, error_document, parse, serialize
 from thrave.ec2.request_threads import AccountThreads
 from thrave.ec2.service_models import EC2, SERVICES, STS, Service
+from thrave.health import HEALTH_PATHS
 from thrave.identity.accounts import AccessKey
 from thrave.identity.policies import NO_RESOURCE
 
@@ -89,6 +90,10 @@ class Api:
         await (await self._respond(http))(scope, receive, send)
 
     async def _respond(self, http: HttpRequest) -> Response:
+        if (path := http.scope["path"]) in HEALTH_PATHS and http.method in {"GET", "HEAD"}:
+            # From the last results of the probes: no signature, no query. Any client may ask, so errors are not shown.
+            health = self._backend.health.respond(path, with_errors=False)
+            return Response(health.body, health.status, {"cache-control": "no-store"}, "application/json")
         request_id, service = str(uuid.UUID(bytes=random_bytes(16), version=4)), EC2
         try:
             check_target(http)
