@@ -233,6 +233,12 @@ class UploadJournal:
             return None
         return EarlierBundle(base64.b64decode(document["manifest"]), tuple(document["keys"]), document["isReplaced"])
 
+    def is_manifest_sent(self) -> bool:
+        """Whether the task may have sent its manifest."""
+        query = sa.select(bundle_task.c.manifest_sent).where(bundle_task.c.bundle_id == self.bundle_id)
+        with self._engine.connect() as connection:
+            return bool(connection.execute(query).scalar())
+
     def objects(self) -> list[StoredObject]:
         """Return every object that the task has stored, has started to send or has to delete, sorted by key."""
         return self._objects(bundle_part.c.state.in_(["sent", "unwanted"]))

@@ -180,6 +180,10 @@ def _undo_manifest(
     earlier, documents = journal.earlier(), journal.documents()
     if found is None or (earlier is not None and (earlier.is_replaced or found == earlier.manifest)):
         return found
+    if not journal.is_manifest_sent():
+        # Another bundle's. Or the database was restored from a backup of a time before this task sent its manifest:
+        # then the bundle is complete.
+        return found
     own = None if documents is None else documents["manifest"].encode()
     part_keys = location.part_keys(found)
     # An unreadable manifest is a damaged one of ours; a manifest of other parts is another bundle's.

@@ -175,12 +175,6 @@ class TaskRepository:
             encrypted = connection.execute(query).scalar_one()
         return StoredPolicy(*json.loads(self._vault.decrypt(encrypted, context=bundle_id)))
 
-    def is_manifest_sent(self, bundle_id: str) -> bool:
-        """Whether the manifest may have been sent."""
-        query = sa.select(bundle_task.c.manifest_sent).where(bundle_task.c.bundle_id == bundle_id)
-        with self._engine.connect() as connection:
-            return bool(connection.execute(query).scalar_one_or_none())
-
     def journal(self, bundle_id: str) -> UploadJournal:
         """Return the journal of a task's uploads."""
         return UploadJournal(self._engine, self._vault, bundle_id, self._lease)

@@ -355,7 +355,7 @@ class BundleWorkflow:
 
     def _has_manifest(self) -> bool:
         documents = self._journal.documents()
-        if documents is None or not self._repository.is_manifest_sent(self._task.bundle_id):
+        if documents is None or not self._journal.is_manifest_sent():
             return False
         with self._enter_state(BundleTaskState.STORING) as monitor:
             return self._objects.has_manifest(documents, monitor)
