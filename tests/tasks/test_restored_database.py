@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def restored(tmp_path):
-    """A stopped service, a bucket with a complete bundle, and a database in which its task has stored all parts only."""
+    """A stopped service with a complete bundle, and a database in which its task has only stored all parts."""
     gate, begun = tmp_path / "gate", tmp_path / "begun"
     with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
