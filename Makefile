@@ -15,7 +15,7 @@ CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-gith
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-sweep test-fast coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
+.PHONY: demo test test-sweep test-fast simulate coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/thrave demo
@@ -29,6 +29,10 @@ test: $(INSTALLED) packages
 # The other cases: a kill at each failpoint, each EC2 client, each statement that can fail, long random runs.
 test-sweep: $(INSTALLED) packages
 	$(BIN)/$(ALL_TESTS) -m sweep
+
+# Runs new seeds of the simulation (docs/explanation/simulation.md). SECONDS=3600 runs them for an hour.
+simulate: $(INSTALLED)
+	cd tests && ../$(BIN)/python -m simulation.run --new --seconds $(or $(SECONDS),60)
 
 # Takes a third longer: every line and branch is counted, in every process that the tests start.
 coverage: $(INSTALLED) packages

@@ -1,7 +1,7 @@
 """Runs seeds of the simulation.
 
     PYTHONPATH=tests python -m simulation.run --seed 668          one seed, with its trace
-    PYTHONPATH=tests python -m simulation.run --seconds 60        new seeds, for a minute
+    PYTHONPATH=tests python -m simulation.run --new --seconds 60  new seeds, for a minute
     PYTHONPATH=tests python -m simulation.run --fault T1          with a fault that Thrave once had
 
 A run has two phases. In the first, requests and faults happen. Then the faults end, every host gets an agent, and time
@@ -185,6 +185,7 @@ def main():
         "--shrink", action="store_true", help="first leave out the faults that the violation does not need"
     )
     parser.add_argument("--first", type=int, default=1, metavar="SEED", help="first seed (1)")
+    parser.add_argument("--new", action="store_true", help="begin with a seed that no run has had: the time")
     parser.add_argument("--seeds", type=int, default=10_000, metavar="N", help="at most so many seeds (10000)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no seed after so many seconds")
     parser.add_argument("--without", action="append", default=[], choices=KINDS, help="leave out a kind of fault")
@@ -206,7 +207,8 @@ def main():
             _print(f"violations: {world.invariants.violations or 'none'}")
             sys.exit(bool(world.invariants.violations))
         totals = Totals()
-        for seed in range(arguments.first, arguments.first + arguments.seeds):
+        first = time.time_ns() // 1_000_000 if arguments.new else arguments.first
+        for seed in range(first, first + arguments.seeds):
             world = run_seed(fixture, seed, without=arguments.without, **options)
             totals.add(seed, world)
             if world.invariants.violations and arguments.fault:
