@@ -65,6 +65,13 @@ def test_howto_works_when_pasted(howto, tmp_path, request):
         kill_session(pasted.session)
 
 
+@pytest.mark.parametrize("howto", HOWTOS[1:], ids=lambda path: path.stem)
+def test_howto_names_what_it_needs_and_cleans_up(howto):
+    headings = re.findall(r"^## (.*)", howto.read_text(), re.MULTILINE)
+    assert "Before you begin" in headings
+    assert headings[-1] == "Clean up"
+
+
 @pytest.mark.parametrize("howto", HOWTOS, ids=lambda path: path.stem)
 def test_howto_stops_at_first_error(howto):
     first = blocks_of(howto.read_text(), without=["Install"])[0]
