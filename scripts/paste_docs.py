@@ -7,8 +7,8 @@ file name without `.md`; without one, every page is pasted.
 
 Thrave comes from a wheel of this checkout, where a reader's pip asks an index. The README's section "Install" is
 pasted once. Each page gets a copy of that virtual environment, the how-tos without the AWS CLI. The install commands
-of a page are executed as they stand. What they have installed is removed after the page, so that no other page can
-use it. Prints the terminal of each page, and at the end a table.
+of a page are executed as they stand. What they have installed is removed before a page that names other packages.
+Prints the terminal of each page, and at the end a table.
 """
 
 import os
@@ -58,7 +58,13 @@ def main(names: list[str]) -> int:
             environment[name] = os.environ[name]
     results = [install_as_in_readme(home, environment)]
     if results[0].outcome == "ok":
-        results += [result_of(page, home, environment) for page in pages if not names or page.stem in names]
+        installed, clean = "", debian_packages()
+        # Pages that name the same packages follow each other.
+        for page in sorted((page for page in pages if not names or page.stem in names), key=apt_commands):
+            if apt_commands(page) != installed:
+                remove(debian_packages() - clean)
+                installed = apt_commands(page)
+            results.append(result_of(page, home, environment))
     width = max(len(result.page) for result in results)
     print("\n\n# Results\n")
     for result in results:
@@ -67,9 +73,10 @@ def main(names: list[str]) -> int:
 
 
 def prepare_debian() -> None:
-    """Let apt ask no question: the commands of the pages are executed as they stand."""
+    """Let apt ask no question, because the commands of the pages are executed as they stand, and not sync its files."""
     settings = b'APT::Get::Assume-Yes "true";\nDpkg::Use-Pty "false";\n'
     sudo("tee", "/etc/apt/apt.conf.d/90paste-docs", stdin=settings)
+    sudo("tee", "/etc/dpkg/dpkg.cfg.d/paste-docs", stdin=b"force-unsafe-io\n")
     sudo("debconf-set-selections", stdin=b"debconf debconf/frontend select Noninteractive\n")
     sudo("apt-get", "-q", "update")
 
@@ -94,7 +101,7 @@ def install_as_in_readme(home: Path, environment: dict[str, str]) -> Result:
 
 
 def result_of(page: Path, home: Path, environment: Mapping[str, str]) -> Result:
-    """Install what a page asks for, paste its blocks into a new directory, and remove everything again."""
+    """Install what a page asks for, and paste its blocks into a new directory."""
     if page.stem in HOST_PAGES:
         return Result(page.stem, "not pasted", 0, "needs a host with systemd and libvirt; tests/docs pastes this page")
     heading(page.stem)
@@ -103,7 +110,6 @@ def result_of(page: Path, home: Path, environment: Mapping[str, str]) -> Result:
     venv = home / VENV
     subprocess.run(["cp", "-al", home / "pristine", venv], check=True)
     activated = {**environment, "PATH": f"{venv / 'bin'}:{environment['PATH']}", "VIRTUAL_ENV": str(venv)}
-    packages = debian_packages()
     folder = home / page.stem
     folder.mkdir()
     try:
@@ -118,8 +124,6 @@ def result_of(page: Path, home: Path, environment: Mapping[str, str]) -> Result:
     except subprocess.CalledProcessError as error:
         reason = f"`{error.cmd}` exited with {error.returncode}"
     finally:
-        if added := debian_packages() - packages:
-            sudo("apt-get", "-q", "purge", *sorted(added))
         shutil.rmtree(venv)
         shutil.rmtree(folder)
     return Result(page.stem, "failed" if reason else "ok", time.monotonic() - started, reason)
@@ -135,6 +139,17 @@ def problem_of(pasted: Pasted) -> str:
             return f"{len(processes)} processes did not end"
         time.sleep(0.2)
     return ""
+
+
+def apt_commands(page: Path) -> str:
+    """Return the commands with which a page installs Debian's packages."""
+    return "; ".join(command for command in install_commands(page.read_text()) if command.startswith("sudo"))
+
+
+def remove(packages: set[str]) -> None:
+    """Remove Debian packages, so that the next page cannot use them."""
+    if packages:
+        sudo("apt-get", "-q", "purge", *sorted(packages))
 
 
 def debian_packages() -> set[str]:
