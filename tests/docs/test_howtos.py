@@ -148,6 +148,7 @@ def on_a_host(
         "/opt/thrave/bin": Path(sys.executable).parent,
         "/var/lib/thrave": folder / "data",
         "/etc/thrave": folder,
+        "/var/lib/libvirt/images": folder,
     }.items():
         text = text.replace(there, str(here))
     return text, {**environment, "THRAVE_LIBVIRT_URI": host.uri}, ()

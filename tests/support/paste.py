@@ -20,7 +20,9 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SECTION = re.compile(r"^## (.*?)\n(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 INSTALL = re.compile(r"(?:^ +|`)((?:sudo\s+apt-get|pip)\s+install [^`]*?)(?:`|$)", re.MULTILINE)
 """A command in a line of its own, indented, or in backquotes."""
-HOST_PAGES = {"bundle-libvirt-guests", "keep-guests-running", "prepare-a-windows-guest"}
+HOST_PAGES = {
+    "bundle-libvirt-guests", "keep-guests-running", "prepare-a-windows-guest", "restore-as-a-libvirt-guest",
+}  # fmt: skip
 """Pages for root on a host with systemd and libvirt."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|\r")
 _PASTE_BEGIN, _PASTE_END = b"\x1b[200~", b"\x1b[201~"  # "bracketed paste" of xterm: bash runs nothing before the end
