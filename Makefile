@@ -15,7 +15,7 @@ CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-gith
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-sweep test-fast simulate coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
+.PHONY: demo test test-sweep test-fast simulate coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores conformance docs format clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/thrave demo
@@ -90,6 +90,13 @@ clients: $(INSTALLED) packages
 # Runs `thrave doctor` on every store that the tests start, and generates the table of results.
 stores: $(INSTALLED) packages
 	PYTHONPATH=tests $(BIN)/python scripts/make_stores_table.py
+
+# Runs the probes on Thrave, moto and ministack, which is installed in an environment of its own; `make docs` makes the page.
+conformance: $(INSTALLED)
+	@scripts/make-venv $(PYTHON) .cache/ministack
+	.cache/ministack/bin/python -m pip install --disable-pip-version-check ministack==1.5.33
+	PYTHONPATH=tests $(BIN)/python scripts/probe_conformance.py .cache/ministack/bin/ministack
+	$(BIN)/python scripts/make_docs.py
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/make_docs.py

@@ -7,6 +7,7 @@ Do not edit these pages. python_api.py writes the page of the Python API.
 """
 
 import ast
+import json
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -45,6 +46,8 @@ from thrave.volumes.image_rules import FINDINGS, REFERENCES, ImageRule
 
 SOURCE = Path(__file__).parents[1] / "src" / "thrave"
 _OTHER_FOLDERS = ("volumes", "bundle", "buckets", "doctor", "cli", "demo", "host_files", "moto")
+CONFORMANCE_RESULTS = Path(__file__).with_name("conformance.json")
+CONFORMANCE_SOURCES = Path(__file__).with_name("conformance_sources.toml")
 JSON_FIELDS = Path(__file__).parent / "json_output.toml"
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 MADE = "<!-- Made by `make docs` from {source}. Do not edit. -->\n\n"
@@ -216,6 +219,57 @@ def test_faults() -> str:
         f"- `state`: {', '.join(f'`{state}`' for state in STATES)}.\n"
         f"- `object`: {', '.join(f'`{kind}`' for kind in OBJECTS)}.\n\n"
         + table(("fault", "options, with their defaults", "what the service does", "what a client sees"), rows)
+    )
+
+
+CONFORMANCE = """\
+# Test doubles of EC2
+
+What test doubles do with the bundle calls and with instance-store images. `make conformance` ran the same probes on
+each of them, with boto3, on {date}. A probe looks at effects: objects in the bucket, the bytes of an opened bundle, the
+power of the instance, and what is refused. The form of a response proves nothing: an empty body has it, too.
+
+Thrave runs as `thrave.testing.ThraveService` and adds instances by its own API: it has no RunInstances and no images.
+
+{results}
+{notes}
+If a double cannot make a bundle, its bucket gets one that was made elsewhere, for the probes of images. ministack
+starts a container for an instance of a registered image; this machine had no container engine.
+
+## Other doubles
+
+As described in their sources, read on {read}. None of them was run.
+
+{others}"""
+
+
+def conformance() -> str:
+    """What test doubles of EC2 do with bundle tasks and instance-store images."""
+    found, sources = json.loads(CONFORMANCE_RESULTS.read_text()), tomllib.loads(CONFORMANCE_SOURCES.read_text())
+    doubles = found["doubles"]
+    reasons = list(
+        dict.fromkeys(
+            result["detail"] for double in doubles for result in double["results"].values() if result["detail"]
+        )
+    )
+
+    def cell(result: Mapping[str, str | bool]) -> str:
+        return "yes" if result["is_ok"] else f"no ({reasons.index(str(result['detail'])) + 1})"
+
+    rows = (
+        (probe["area"], probe["title"], *(cell(double["results"][name]) for double in doubles))
+        for name, probe in found["probes"].items()
+    )
+    header = ("of the", "behaviour", *(f"{double['name']} {double['version']}" for double in doubles))
+    return CONFORMANCE.format(
+        date=found["date"],
+        results=table(header, rows),
+        notes="".join(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1)),
+        read=sources["date"],
+        others=table(
+            ("double", "source", "bundle tasks and instance-store images"),
+            ((double["name"], double["source"], double["found"]) for double in sources["doubles"]),
+        ),
     )
 
 
@@ -435,6 +489,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/check_table.py", doctor),
     "failpoints.md": ("src/thrave/tasks/failpoints.py", failpoints),
+    "conformance.md": ("scripts/conformance.json and conformance_sources.toml", conformance),
     "test-faults.md": ("src/thrave/testing/faults.py", test_faults),
     "disk-images.md": ("src/thrave/volumes/image_rules.py", disk_images),
     "task-states.md": ("src/thrave/tasks/models.py", states),
