@@ -15,9 +15,18 @@ from typing import Literal
 import sqlalchemy as sa
 
 from thrave.concurrency import monotonic, new_lock, random_below, utc_now
-from thrave.database import access_key, account, iam_user
+from thrave.database import (
+    access_key,
+    account,
+    bundle_part,
+    bundle_task,
+    iam_user,
+    instance,
+    task_in_progress,
+    to_be_deleted,
+)
 from thrave.identity.certificates import certificate_pem, load_certificate
-from thrave.identity.errors import EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
+from thrave.identity.errors import DeleteConflict, EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
 from thrave.vault import Vault
 
 MAX_KEYS_PER_OWNER = 2  # IAM's quota "access keys per user"
@@ -131,15 +140,14 @@ class Accounts:
             EntityAlreadyExists: Another account has the name.
             MalformedCertificate: Bundles cannot be encrypted for the certificate.
         """
-        if not _NAME.fullmatch(name):
-            raise ValidationError("An account's name has 1 to 64 characters of A-Z a-z 0-9 + = , . @ _ -")
+        _check_name(name)
         pem = None if certificate is None else certificate_pem(load_certificate(certificate))
         new = Account(account_id=new_account_id(), name=name, certificate=pem, create_date=utc_now())
         with self._engine.begin() as connection:
             try:
                 connection.execute(sa.insert(account).values(**vars(new)))
             except sa.exc.IntegrityError:
-                raise EntityAlreadyExists(f"Account with name {name} already exists.") from None
+                raise _name_in_use(name) from None
             return new, self._insert_key(connection, new.account_id, None, _generate_key())
 
     def list(self) -> Sequence[Account]:
@@ -159,6 +167,57 @@ class Accounts:
         if row is None:
             raise _no_such_account(account_id)
         return Account(**row)
+
+    def rename(self, account_id: str, name: str) -> Account:
+        """Give an account another name.
+
+        Args:
+            account_id: The account. Its id, keys, users, instances and bundles do not change.
+            name: As for `create`.
+
+        Raises:
+            ValidationError: The name is not valid.
+            NoSuchEntity: There is no such account.
+            EntityAlreadyExists: Another account has the name.
+        """
+        _check_name(name)
+        with self._engine.begin() as connection:
+            _lock(connection, account_id)
+            change = sa.update(account).where(account.c.account_id == account_id).values(name=name)
+            try:
+                connection.execute(change)
+            except sa.exc.IntegrityError:
+                raise _name_in_use(name) from None
+        return self.get(account_id)
+
+    def delete(self, account_id: str) -> None:
+        """Delete an account with its access keys and users. Its buckets and the records of ended tasks stay.
+
+        Raises:
+            NoSuchEntity: There is no such account.
+            DeleteConflict: The account has an unfinished task, objects that a task must still delete, or an instance
+                that a host has reported.
+        """
+        of_account = sa.or_(bundle_task.c.account_id == account_id, bundle_task.c.owner_id == account_id)
+        has_orphans = sa.exists().where(bundle_part.c.bundle_id == bundle_task.c.bundle_id, to_be_deleted)
+        tasks = sa.select(bundle_task.c.bundle_id).where(of_account, sa.or_(task_in_progress, has_orphans)).limit(1)
+        instances = sa.select(instance.c.instance_id).where(instance.c.account_id == account_id).limit(1)
+        with self._engine.begin() as connection:
+            _lock(connection, account_id)
+            if (task := connection.execute(tasks).scalar()) is not None:
+                raise DeleteConflict(
+                    f"The account {account_id} is in use by task {task}: it is unfinished, or objects of it must still "
+                    "be deleted with the account's key. Wait, or cancel the task first (thrave task cancel)."
+                )
+            if (instance_id := connection.execute(instances).scalar()) is not None:
+                raise instance_conflict(account_id, instance_id)
+            for table in (access_key, iam_user, account):
+                connection.execute(sa.delete(table).where(table.c.account_id == account_id))
+
+    def key_ids(self) -> Sequence[str]:
+        """Return the ids of all access keys of accounts and users."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(access_key.c.access_key_id)).scalars().all()
 
     def create_key(self, account_id: str, user: User | None = None) -> AccessKey:
         """Create an access key for an account, or for a user of the account.
@@ -301,6 +360,23 @@ def _lock(connection: sa.Connection, account_id: str) -> None:
     query = sa.select(account.c.account_id).where(account.c.account_id == account_id).with_for_update()
     if connection.execute(query).first() is None:
         raise _no_such_account(account_id)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValidationError("An account's name has 1 to 64 characters of A-Z a-z 0-9 + = , . @ _ -")
+
+
+def _name_in_use(name: str) -> EntityAlreadyExists:
+    return EntityAlreadyExists(f"Account with name {name} already exists.")
+
+
+def instance_conflict(account_id: str, instance_id: str) -> DeleteConflict:
+    """Return the error for an account that cannot be deleted because of an instance."""
+    return DeleteConflict(
+        f"The account {account_id} has the instance {instance_id}. Remove its instances first (thrave instance remove "
+        "or disown)."
+    )
 
 
 def _no_such_account(account_id: str) -> NoSuchEntity:

@@ -5,6 +5,7 @@
     IdentityError
     ├── NoSuchEntity            the account, user, policy or access key does not exist
     ├── EntityAlreadyExists     an account or user has the name already
+    ├── DeleteConflict          the account has an instance or an unfinished task
     ├── LimitExceeded           an account or user has at most two access keys, a user at most ten policies
     ├── ValidationError         a name or value is not valid
     ├── MalformedPolicyDocument a part of the policy is not supported
@@ -32,6 +33,12 @@ class EntityAlreadyExists(IdentityError):
     """An account or user with the name exists."""
 
     code = "EntityAlreadyExists"
+
+
+class DeleteConflict(IdentityError):
+    """An account cannot be deleted while it has instances or unfinished tasks."""
+
+    code = "DeleteConflict"
 
 
 class LimitExceeded(IdentityError):
