@@ -1,6 +1,8 @@
 """`thrave account`: accounts, certificates and access keys."""
 
+import io
 import json
+import sys
 
 import pytest
 
@@ -77,8 +79,10 @@ def test_key_create_allows_two_keys_and_delete_removes_one(thrave, thrave_json):
     second = thrave_json("account", "key", "create", created["accountId"])
     assert second["secretAccessKey"] != created["secretAccessKey"]
     assert thrave("account", "key", "create", created["accountId"])[0] == REFUSED
-    assert thrave_json("account", "key", "delete", created["accessKeyId"]) == {"accessKeyId": created["accessKeyId"]}
-    assert thrave("account", "key", "delete", created["accessKeyId"])[0] == NOT_FOUND
+    assert thrave_json("account", "key", "delete", "--yes", created["accessKeyId"]) == {
+        "accessKeyId": created["accessKeyId"]
+    }
+    assert thrave("account", "key", "delete", "--yes", created["accessKeyId"])[0] == NOT_FOUND
     (listed,) = thrave_json("account", "list")["accounts"]
     assert [key["accessKeyId"] for key in listed["accessKeys"]] == [second["accessKeyId"]]
 
@@ -108,7 +112,7 @@ def test_key_import_requires_private_file(thrave, thrave_json, tmp_path):
         (["create", "alice", "--certificate", "none.pem"], NOT_FOUND),
         (["create", "alice", "--certificate", __file__, "--new-certificate", "keys"], USAGE),
         (["key", "create", "123456789012"], NOT_FOUND),
-        (["key", "delete", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),
+        (["key", "delete", "--yes", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),
     ],
 )
 def test_account_commands_have_exit_code_without_traceback(thrave, words, status):
@@ -128,3 +132,75 @@ def test_account_list_does_not_create_missing_data_directory(thrave, tmp_path):
 def test_account_help_has_example(thrave, words):
     _, stdout, _ = thrave("account", *words, "--help")
     assert any(line.startswith("    thrave account ") for line in stdout.splitlines())
+
+
+def test_account_show_lists_keys_and_users_without_secrets(thrave, thrave_json):
+    created = thrave_json("account", "create", "alice")
+    thrave_json("account", "user", "create", "alice", "bob")
+    for word in ("alice", created["accountId"], created["accountId"][:6]):
+        shown = thrave_json("account", "show", word)
+        assert (shown["accountId"], shown["name"], shown["userNames"]) == (created["accountId"], "alice", ["bob"])
+    _, stdout, _ = thrave("account", "show", "alice")
+    assert created["accessKeyId"] in stdout
+    assert created["secretAccessKey"] not in stdout
+
+
+def test_account_rename_keeps_id_and_refuses_name_in_use(thrave, thrave_json):
+    created = thrave_json("account", "create", "alice")
+    thrave_json("account", "create", "carol")
+    assert thrave_json("account", "rename", "alice", "bob") == {"accountId": created["accountId"], "name": "bob"}
+    assert thrave("account", "show", "alice")[0] == NOT_FOUND
+    assert thrave("account", "rename", "bob", "carol")[0] == REFUSED
+    assert thrave("account", "rename", "bob", "a b")[0] == FAILED
+    assert thrave_json("account", "show", "bob")["accountId"] == created["accountId"]
+
+
+def test_account_delete_removes_keys_and_users(thrave, thrave_json):
+    created = thrave_json("account", "create", "alice")
+    thrave_json("account", "user", "create", "alice", "bob")
+    key = thrave_json("account", "user", "key", "create", "alice", "bob")["accessKeyId"]
+    deleted = thrave_json("account", "delete", "--yes", "alice")
+    assert deleted == {"accountId": created["accountId"], "name": "alice"}
+    assert thrave_json("account", "list")["accounts"] == []
+    for word in (key, created["accessKeyId"]):
+        assert thrave("account", "key", "delete", "--yes", word)[0] == NOT_FOUND
+    assert thrave("account", "delete", "--yes", "alice")[0] == NOT_FOUND
+
+
+def test_account_delete_is_refused_while_it_has_an_instance(thrave, thrave_json, disk):
+    thrave_json("account", "create", "alice")
+    words = ("--account", "alice", "--platform", "windows", "--root-volume", disk)
+    instance_id = thrave_json("instance", "add", *words)["instanceId"]
+    status, _, stderr = thrave("account", "delete", "--yes", "alice")
+    assert (status, instance_id in stderr) == (REFUSED, True)
+    thrave_json("instance", "remove", "--yes", instance_id)
+    thrave_json("account", "delete", "--yes", "alice")
+
+
+class Terminal(io.StringIO):
+    """Stdin of a person who answers a question."""
+
+    def isatty(self):
+        """A terminal."""
+        return True
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("n\n", REFUSED), ("\n", REFUSED), ("", 130)])
+def test_account_delete_asks_on_a_terminal(thrave, thrave_json, monkeypatch, answer, status):
+    thrave_json("account", "create", "alice")
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    ended, _, stderr = thrave("account", "delete", "alice")
+    assert (ended, "Delete the account" in stderr) == (status, True)
+    assert len(thrave_json("account", "list")["accounts"]) == (status != 0)
+
+
+def test_ambiguous_start_of_id_is_refused(thrave, thrave_json, monkeypatch):
+    ids = iter(["123456789012", "123456000000"])
+    monkeypatch.setattr("thrave.identity.accounts.new_account_id", lambda: next(ids))
+    for name in ("alice", "bob"):
+        thrave_json("account", "create", name)
+    status, _, stderr = thrave("account", "show", "123456")
+    assert (status, "123456000000, 123456789012" in stderr) == (USAGE, True)
+    assert thrave_json("account", "show", "1234567")["name"] == "alice"
+    assert thrave("account", "show", "12345")[0] == NOT_FOUND
+    assert thrave("account", "show", "")[0] == NOT_FOUND

@@ -61,7 +61,7 @@ def test_adopt_registers_domain_as_instance(thrave_json, adopted, account_id, di
 def test_adopt_accepts_uuid_and_keeps_instance_id(thrave_json, libvirt, account_id, disk):
     uuid = libvirt.define("win", disk)
     first = thrave_json("instance", "adopt", uuid, "--account", account_id)["instanceId"]
-    thrave_json("instance", "disown", first)
+    thrave_json("instance", "disown", "--yes", first)
     assert thrave_json("instance", "list") == {"instances": []}
     assert thrave_json("instance", "adopt", "win", "--account", account_id)["instanceId"] == first
 
@@ -108,7 +108,7 @@ def test_adopt_changes_only_our_metadata_element(thrave_json, libvirt, account_i
     before = libvirt.definition("win")
     adopted = thrave_json("instance", "adopt", "win", "--account", account_id)
     assert f'account="{account_id}"' in libvirt.definition("win")
-    thrave_json("instance", "disown", adopted["instanceId"])
+    thrave_json("instance", "disown", "--yes", adopted["instanceId"])
     assert "".join(libvirt.definition("win").split()).replace("<metadata/>", "") == "".join(before.split())
 
 

@@ -195,7 +195,7 @@ def test_copy_and_delete_refuse_manifest_with_other_file_names(thrave, place, ad
     )
     place.put("notes.txt", b"mine")
     before = place.files()
-    words = ("copy", address, tmp_path / "there") if command == "copy" else ("delete", address)
+    words = ("copy", address, tmp_path / "there") if command == "copy" else ("delete", "--yes", address)
     status, _, stderr = thrave(*words)
     assert (status, "Traceback" in stderr) == (DAMAGED, False)
     assert place.files() == before
@@ -205,9 +205,9 @@ def test_copy_and_delete_refuse_manifest_with_other_file_names(thrave, place, ad
 def test_delete_removes_only_one_bundle(thrave_json, place, address, files):
     for name in NEIGHBOURS:
         place.put(name, b"mine")
-    dry = thrave_json("delete", address, *SIGNER, "--dry-run")
+    dry = thrave_json("delete", "--yes", address, *SIGNER, "--dry-run")
     assert place.files() == {**files, **dict.fromkeys(NEIGHBOURS, b"mine")}
-    done = thrave_json("delete", address, *SIGNER)
+    done = thrave_json("delete", "--yes", address, *SIGNER)
     assert place.files() == dict.fromkeys(NEIGHBOURS, b"mine")
     assert dry["files"] == done["files"]
     assert (dry["removed"], done["removed"], len(done["files"])) == (False, True, len(files))
@@ -233,7 +233,7 @@ def test_parts_with_series_are_verified_copied_and_deleted(thrave_json, new_plac
     thrave_json("copy", address, there.address, *SIGNER)
     assert there.files() == files
     thrave_json(*migration(f"{there.address}/winami.manifest.xml"))
-    thrave_json("delete", address, *SIGNER)
+    thrave_json("delete", "--yes", address, *SIGNER)
     assert place.files() == dict.fromkeys(NEIGHBOURS, b"mine")
 
 
@@ -254,7 +254,7 @@ def test_copy_and_delete_refuse_parts_of_other_bundle(thrave, new_place, made, t
     place.put("winami.server.manifest.xml", made.manifest)
     before = place.files()
     address = f"{place.address}/winami.manifest.xml"
-    words = ("copy", address, tmp_path / "there") if command == "copy" else ("delete", address)
+    words = ("copy", address, tmp_path / "there") if command == "copy" else ("delete", "--yes", address)
     status, _, stderr = thrave(*words)
     assert (status, "Traceback" in stderr) == (DAMAGED, False)
     assert place.files() == before
@@ -264,9 +264,9 @@ def test_copy_and_delete_refuse_parts_of_other_bundle(thrave, new_place, made, t
 def test_delete_resumes_after_interruption(thrave, thrave_json, place, address, made):
     place.remove("winami.manifest.xml")
     place.remove(min(made.parts))
-    thrave_json("delete", address, *SIGNER)
+    thrave_json("delete", "--yes", address, *SIGNER)
     assert place.files() == {}
-    assert thrave("delete", address)[0] == NOT_FOUND
+    assert thrave("delete", "--yes", address)[0] == NOT_FOUND
 
 
 @pytest.mark.parametrize("manifest_is_there", [True, False])
@@ -274,7 +274,7 @@ def test_delete_refuses_other_signer(thrave, place, address, manifest_is_there):
     if not manifest_is_there:
         place.remove("winami.manifest.xml")
     before = place.files()
-    assert thrave("delete", address, "--certificate", KEYS / "cloud-cert.pem")[0] == DAMAGED
+    assert thrave("delete", "--yes", address, "--certificate", KEYS / "cloud-cert.pem")[0] == DAMAGED
     assert place.files() == before
 
 
@@ -352,5 +352,5 @@ def test_commands_work_on_strict_store(thrave_json, rgw, files, tmp_path, monkey
     thrave_json(*migration(address))
     thrave_json("open", address, *SIGNER, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == IMAGE
-    thrave_json("delete", address)
+    thrave_json("delete", "--yes", address)
     assert there.files() == {}

@@ -105,7 +105,7 @@ def test_host_adopt_moves_tasks_of_lost_host(two, thrave_json):
 
 
 def test_host_retire_fails_unfinished_tasks(two, thrave, thrave_json):
-    status, text, _ = thrave("host", "retire", "kvm-1")
+    status, text, _ = thrave("host", "retire", "--yes", "kvm-1")
     assert (status, text.splitlines()) == (0, ["kvm-1 is retired; tasks: 2", "bun-1", "bun-2"])
     assert [host["host"] for host in thrave_json("host", "list")["hosts"]] == ["kvm-2"]
     assert thrave_json("task", "show", "bun-1")["error"]["code"] == "Server.HostLost"
@@ -126,7 +126,7 @@ def test_host_commands_refuse_wrong_state(two, thrave):
     assert thrave("host", "adopt", "kvm-2", "--by", "kvm-2")[0] == REFUSED
 
 
-@pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-3"], ["retire", "kvm-2"]])
+@pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-3"], ["retire", "kvm-2", "--yes"]])
 def test_host_adopt_and_retire_refuse_host_with_heartbeat(two, components, thrave, words):
     components.hosts.acquire_lease("kvm-3", worker_concurrency=1)
     status, stdout, stderr = thrave("host", *words)

@@ -202,9 +202,23 @@ def test_stop_start_and_remove_instance(thrave_json, thrave, instance_id, data, 
     assert thrave_json("instance", "stop", instance_id, "--data-dir", data)["state"] == "stopped"
     assert thrave_json("instance", "start", instance_id, "--data-dir", data)["state"] == "running"
     assert thrave("instance", "stop", instance_id, "--data-dir", data)[1] == f"{instance_id} stopped\n"
-    assert thrave_json("instance", "remove", instance_id, "--data-dir", data) == {"instanceId": instance_id}
+    assert thrave_json("instance", "remove", "--yes", instance_id, "--data-dir", data) == {"instanceId": instance_id}
     assert thrave_json("instance", "list", "--data-dir", data) == {"instances": []}
     assert disk.exists()
+
+
+def test_instance_is_found_by_name_and_start_of_id(thrave, thrave_json, add, data):
+    for instance_id in ("i-0123456789abcdef0", "i-0123456789abcdef1"):
+        thrave_json(*add("--id", instance_id, "--tag", "Name=web"))
+    status, _, stderr = thrave("instance", "show", "web", "--data-dir", data)
+    assert (status, "'web' is ambiguous: i-0123456789abcdef0, i-0123456789abcdef1." in stderr) == (2, True)
+    thrave_json(*add("--id", "i-abcdef0123456789a", "--tag", "Name=db"))
+    for word in ("db", "i-abcd"):
+        shown = thrave_json("instance", "show", word, "--data-dir", data)
+        assert shown["instanceId"] == "i-abcdef0123456789a"
+    for word in ("i-0123", "i-abc", ""):
+        assert thrave("instance", "remove", "--yes", word, "--data-dir", data)[0] in {2, 3}
+    assert len(thrave_json("instance", "list", "--data-dir", data)["instances"]) == 3
 
 
 def test_stop_waits_until_instance_is_off(thrave_json, add, data):
@@ -279,14 +293,14 @@ def test_add_refuses_existing_id(thrave, add, instance_id):
 
 def test_add_refuses_libvirt_service(thrave, add, instance_id, data, monkeypatch):
     monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
-    for words in (add(), ("instance", "remove", instance_id, "--data-dir", data)):
+    for words in (add(), ("instance", "remove", "--yes", instance_id, "--data-dir", data)):
         status, _, stderr = thrave(*words)
         assert (status, "thrave instance adopt" in stderr) == (2, True)
     assert [path.stem for path in (data / "instances").glob("*.json")] == [instance_id]
 
 
 def test_adopt_refuses_directory_service(thrave, account_id, data):
-    for words in (("adopt", "win", "--account", account_id), ("disown", "i-0123456789abcdef0")):
+    for words in (("adopt", "win", "--account", account_id), ("disown", "--yes", "i-0123456789abcdef0")):
         status, _, stderr = thrave("instance", *words, "--data-dir", data)
         assert (status, "hypervisor = " in stderr) == (2, True)
 

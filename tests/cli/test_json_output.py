@@ -51,7 +51,7 @@ def test_account_commands_print_documented_fields(thrave_json, tmp_path):
     data = ("--data-dir", tmp_path / "data")
     account = thrave_json("account", "create", "alice", "--new-certificate", tmp_path, *data)["accountId"]
     key = thrave_json("account", "key", "create", account, *data)["accessKeyId"]
-    thrave_json("account", "key", "delete", key, *data)
+    thrave_json("account", "key", "delete", "--yes", key, *data)
     credentials = tmp_path / "credentials"
     credentials.write_text(
         "[default]\naws_access_key_id = AKIAIOSFODNN7EXAMPLE\naws_secret_access_key = secret-secret\n"
@@ -77,9 +77,9 @@ def test_user_commands_print_documented_fields(thrave_json, tmp_path):
     thrave_json("account", "user", "policy", "show", account, "bob", "all", *data)
     key = thrave_json("account", "user", "key", "create", account, "bob", *data)["accessKeyId"]
     thrave_json("account", "user", "list", account, *data)
-    thrave_json("account", "user", "key", "delete", key, *data)
-    thrave_json("account", "user", "policy", "delete", account, "bob", "all", *data)
-    thrave_json("account", "user", "delete", account, "bob", *data)
+    thrave_json("account", "user", "key", "delete", "--yes", key, *data)
+    thrave_json("account", "user", "policy", "delete", "--yes", account, "bob", "all", *data)
+    thrave_json("account", "user", "delete", "--yes", account, "bob", *data)
 
 
 def test_instance_commands_print_documented_fields(thrave_json, tmp_path, disk):
@@ -101,7 +101,7 @@ def test_instance_commands_print_documented_fields(thrave_json, tmp_path, disk):
     for command in ("stop", "start", "show"):
         thrave_json("instance", command, instance["instanceId"], *data)
     thrave_json("instance", "list", *data)
-    thrave_json("instance", "remove", instance["instanceId"], *data)
+    thrave_json("instance", "remove", "--yes", instance["instanceId"], *data)
 
 
 def test_commands_without_objects_print_documented_fields(thrave_json, tmp_path):

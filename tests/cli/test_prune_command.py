@@ -84,32 +84,38 @@ def remaining(place):
 
 def test_prune_keeps_newest_bundles_and_all_other_files(thrave_json, place, series):
     before = place.files()
-    dry = thrave_json("prune", place.address, "--name", "web-*", "--keep", 2, "--dry-run")
+    dry = thrave_json("prune", "--yes", place.address, "--name", "web-*", "--keep", 2, "--dry-run")
     assert place.files() == before
-    done = thrave_json("prune", place.address, "--name", "web-*", "--keep", 2)
+    done = thrave_json("prune", "--yes", place.address, "--name", "web-*", "--keep", 2)
     assert prefixes(dry["removed"]) == prefixes(done["removed"]) == ["web-1", "web-2"]
     assert (prefixes(done["kept"]), done["tasksChecked"], dry["dryRun"]) == (["web-4", "web-3"], False, True)
     assert place.files() == {**series["web-3"], **series["web-4"], **dict.fromkeys(NEIGHBOURS, b"mine")}
 
 
 def test_prune_never_removes_newest_bundle(thrave_json, place):
-    done = thrave_json("prune", place.address, "--name", "web-*", "--older-than", IN_A_HUNDRED_YEARS)
+    done = thrave_json("prune", "--yes", place.address, "--name", "web-*", "--older-than", IN_A_HUNDRED_YEARS)
     assert (prefixes(done["removed"]), prefixes(done["kept"])) == (["web-1", "web-2", "web-3"], ["web-4"])
 
 
 def test_prune_by_age_and_number_needs_both(thrave_json, new_place, series, tmp_path):
     place = new_place()
     fill(place, series)
-    assert thrave_json("prune", place.address, "--name", "web-*", "--older-than", "2001-01-01")["removed"] == []
+    assert (
+        thrave_json("prune", "--yes", place.address, "--name", "web-*", "--older-than", "2001-01-01")["removed"] == []
+    )
     if isinstance(place, DiskPlace):  # stored from 2001-09-09 to 2001-09-12
-        done = thrave_json("prune", place.address, "--name", "web-*", "--keep", 1, "--older-than", "2001-09-10T12:00Z")
+        done = thrave_json(
+            "prune", "--yes", place.address, "--name", "web-*", "--keep", 1, "--older-than", "2001-09-10T12:00Z"
+        )
         assert prefixes(done["removed"]) == ["web-1", "web-2"]
-    done = thrave_json("prune", place.address, "--name", "web-*", "--keep", 4, "--older-than", IN_A_HUNDRED_YEARS)
+    done = thrave_json(
+        "prune", "--yes", place.address, "--name", "web-*", "--keep", 4, "--older-than", IN_A_HUNDRED_YEARS
+    )
     assert done["removed"] == []
 
 
 def test_prune_counts_only_bundles_that_match(thrave_json, place):
-    done = thrave_json("prune", place.address, "--name", "web-[12]", "--keep", 1)
+    done = thrave_json("prune", "--yes", place.address, "--name", "web-[12]", "--keep", 1)
     assert (prefixes(done["removed"]), remaining(place)) == (["web-1"], ["web-2", "web-3", "web-4", "website-1"])
 
 
@@ -129,7 +135,19 @@ def test_prune_neither_counts_nor_removes_other_than_complete_bundles(thrave, ne
             place.put(f"{prefix}.part.999999999999", b"of a task that is replacing the bundle")
     signer = KEYS / ("cloud-cert.pem" if damage == "other signer" else "user-cert.pem")
     before = place.files()
-    words = ("prune", place.address, "--name", "web-*", "--keep", 1, "--certificate", signer, "--output", "json")
+    words = (
+        "prune",
+        "--yes",
+        place.address,
+        "--name",
+        "web-*",
+        "--keep",
+        1,
+        "--certificate",
+        signer,
+        "--output",
+        "json",
+    )
     status, stdout, stderr = thrave(*words)
     if damage == "other signer":
         assert place.files() == before
@@ -148,7 +166,7 @@ def test_prune_interrupted_at_each_change_is_finished_by_the_same_command(thrave
     for allowed in count():
         place = new_place()
         fill(place, series)
-        words = ("prune", place.address, "--name", "web-*", "--keep", 2)
+        words = ("prune", "--yes", place.address, "--name", "web-*", "--keep", 2)
         with monkeypatch.context() as patch:
             changes = count()
             for kind in (LocalFolder, S3Folder):
@@ -182,7 +200,7 @@ def interrupt(thrave, place, monkeypatch):
         for kind in (LocalFolder, S3Folder):
             for name in ("write", "remove"):
                 patch.setattr(kind, name, failing_after(getattr(kind, name), changes, 2))
-        assert thrave("prune", place.address, "--name", "web-*", "--keep", 3)[0] == FAILED
+        assert thrave("prune", "--yes", place.address, "--name", "web-*", "--keep", 3)[0] == FAILED
     assert "web-1.removal.json" in place.files()
     assert "web-1.manifest.xml" not in place.files()
 
@@ -195,7 +213,7 @@ def test_prune_does_not_finish_removal_of_files_that_are_newer(thrave, thrave_js
     new = sorted(name for name in series["web-1"] if ".part." in name)[:2]
     for name in new:
         os.utime(place.path / name, (4_000_000_000,) * 2)
-    done = thrave_json("prune", place.address, "--name", "web-*", "--keep", 3)
+    done = thrave_json("prune", "--yes", place.address, "--name", "web-*", "--keep", 3)
     assert prefixes({"manifest": manifest} for manifest in done["finishedRemovals"]) == ["web-1"]
     assert sorted(name for name in place.files() if name.startswith("web-1")) == new
 
@@ -205,7 +223,7 @@ def test_copy_to_interrupted_removal_is_not_removed(thrave, thrave_json, new_pla
     fill(original, series)
     interrupt(thrave, place, monkeypatch)
     thrave_json("copy", f"{original.address}/web-1.manifest.xml", place.address)
-    assert thrave_json("prune", place.address, "--name", "web-*", "--keep", 4)["finishedRemovals"] == []
+    assert thrave_json("prune", "--yes", place.address, "--name", "web-*", "--keep", 4)["finishedRemovals"] == []
     assert series["web-1"].items() <= place.files().items()
 
 
@@ -222,7 +240,7 @@ def test_prune_refuses_forged_removal_record(thrave, tmp_path, monkeypatch, seri
     fill(place, series)
     place.put("web-1.removal.json", record)
     before = place.files()
-    status, _, stderr = thrave("prune", place.address, "--name", "web-*", "--keep", 4)
+    status, _, stderr = thrave("prune", "--yes", place.address, "--name", "web-*", "--keep", 4)
     assert (status, "web-1.removal.json is not a removal record" in stderr) == (DAMAGED, True)
     assert place.files() == before
 
@@ -240,7 +258,17 @@ def test_prune_keeps_bundle_of_unfinished_task(thrave_json, tmp_path, series, mo
             access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
         )  # fmt: skip
         components.records().add(connection, "bun-1", "localhost", request)
-    words = ("prune", f"{data}/buckets/golden/../golden/nightly", "--name", "web-*", "--keep", 2, "--data-dir", data)
+    words = (
+        "prune",
+        "--yes",
+        f"{data}/buckets/golden/../golden/nightly",
+        "--name",
+        "web-*",
+        "--keep",
+        2,
+        "--data-dir",
+        data,
+    )
     done = thrave_json(*words)
     assert (done["tasksChecked"], prefixes(done["removed"]), prefixes(done["skipped"])) == (True, ["web-2"], ["web-1"])
     assert "bun-1" in done["skipped"][0]["reason"]
@@ -261,7 +289,7 @@ def test_prune_reads_one_manifest_for_each_bundle(thrave_json, tmp_path, monkeyp
     calls = {"read": 0, "size": 0, "list_files": 0}
     for name in calls:
         monkeypatch.setattr(LocalFolder, name, counting(getattr(LocalFolder, name), calls, name))
-    done = thrave_json("prune", place.address, "--name", "web-*", "--keep", 28)
+    done = thrave_json("prune", "--yes", place.address, "--name", "web-*", "--keep", 28)
     assert prefixes(done["removed"]) == ["web-00", "web-01"]
     assert calls == {"read": 32, "size": 0, "list_files": 1}
 
@@ -279,7 +307,7 @@ def counting(method, calls, name):
 def test_prune_reports_that_nothing_matches(thrave, new_place):
     place = new_place()
     place.put("web-1.part.0", b"")
-    status, _, stderr = thrave("prune", place.address, "--name", "web-*", "--keep", 1)
+    status, _, stderr = thrave("prune", "--yes", place.address, "--name", "web-*", "--keep", 1)
     assert (status, "no bundle" in stderr) == (NOT_FOUND, True)
 
 

@@ -241,6 +241,28 @@ def test_task_commands_escape_control_characters(thrave, tmp_path, monkeypatch, 
     assert "\x1b" not in stdout + stderr
 
 
+def test_task_is_found_by_start_of_id_and_keeps_its_account(thrave, thrave_json, tmp_path, monkeypatch):
+    monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
+    components = open_components(load_settings(None))
+    account, _ = components.accounts.create("dora")
+    for bundle_id in ("bun-0123a", "bun-0123b"):
+        request = BundleRequest(
+            account_id=account.account_id, owner_id=account.account_id, instance_id=f"i-{bundle_id}", bucket="b",
+            prefix=bundle_id, access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
+        )  # fmt: skip
+        with components.database.begin() as connection:
+            components.records().add(connection, bundle_id, "localhost", request)
+    components.database.dispose()
+    assert thrave_json("task", "show", "bun-0123a")["bundleId"] == "bun-0123a"
+    status, _, stderr = thrave("task", "show", "bun-0123")
+    assert (status, "'bun-0123' is ambiguous: bun-0123a, bun-0123b." in stderr) == (USAGE, True)
+    assert thrave("task", "show", "bun-_1")[0] == NOT_FOUND
+    status, _, stderr = thrave("account", "delete", "--yes", "dora")
+    assert (status, "in use by task bun-0123" in stderr) == (REFUSED, True)
+    listed = thrave_json("task", "list", "--account", "dora", "--instance", "i-bun-0123a")["tasks"]
+    assert [task["bundleId"] for task in listed] == ["bun-0123a"]
+
+
 @pytest.mark.parametrize("words", [["show"], ["watch"], ["cancel"]])
 def test_unknown_task_has_exit_code(thrave, words):
     status, stdout, stderr = thrave("task", *words, NO_SUCH_TASK)

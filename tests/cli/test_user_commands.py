@@ -41,7 +41,7 @@ def test_user_create_list_and_delete(thrave_json, acme, users):
     assert created["arn"] == f"arn:aws:iam::{acme}:user/bob"
     (listed,) = users()
     assert (listed["userId"], listed["policies"], listed["accessKeys"]) == (created["userId"], [], [])
-    thrave_json("account", "user", "delete", acme, "bob")
+    thrave_json("account", "user", "delete", "--yes", acme, "bob")
     assert users() == []
 
 
@@ -52,7 +52,7 @@ def test_policy_put_list_show_and_delete(thrave, thrave_json, acme, users, polic
     assert thrave_json("account", "user", "policy", "list", acme, "bob")["policyNames"] == ["read-only"]
     assert thrave_json("account", "user", "policy", "show", acme, "bob", "read-only")["policyDocument"] == READ_ONLY
     assert thrave("account", "user", "policy", "show", acme, "bob", "read-only")[1] == policy_file.read_text() + "\n"
-    thrave_json("account", "user", "policy", "delete", acme, "bob", "read-only")
+    thrave_json("account", "user", "policy", "delete", "--yes", acme, "bob", "read-only")
     assert users()[0]["policies"] == []
 
 
@@ -116,7 +116,7 @@ def test_user_key_create_prints_secret_once(thrave, thrave_json, acme, users):
         assert made["secretAccessKey"] not in thrave(*words, "--output", "json")[1]
     thrave_json("account", "user", "key", "create", acme, "bob")
     assert thrave("account", "user", "key", "create", acme, "bob")[0] == REFUSED
-    thrave_json("account", "user", "key", "delete", made["accessKeyId"])
+    thrave_json("account", "user", "key", "delete", "--yes", made["accessKeyId"])
     assert len(users()[0]["accessKeys"]) == 1
 
 
@@ -147,10 +147,10 @@ def test_user_commands_print_same_values_as_text(thrave, acme, policy_file):
         (["policy", "put", "ACME", "alice", "a b", "READ_ONLY"], FAILED),
         (["policy", "put", "ACME", "alice", "read-only", "no-such-file"], USAGE),
         (["policy", "show", "ACME", "alice", "read-only"], NOT_FOUND),
-        (["policy", "delete", "ACME", "alice", "read-only"], NOT_FOUND),
+        (["policy", "delete", "--yes", "ACME", "alice", "read-only"], NOT_FOUND),
         (["policy", "list", "ACME", "bob"], NOT_FOUND),
         (["key", "create", "ACME", "bob"], NOT_FOUND),
-        (["key", "delete", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),
+        (["key", "delete", "--yes", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),
     ],
 )
 def test_user_commands_have_exit_code_without_traceback(thrave, acme, policy_file, words, status):

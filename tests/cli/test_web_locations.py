@@ -115,7 +115,7 @@ def test_delete_copy_and_migrate_refuse_web_server(thrave, site, command):
         KEYS / "user-pk.pem",
     )
     words = {
-        "delete": ("delete", address),
+        "delete": ("delete", "--yes", address),
         "copy": ("copy", VECTORS / TWO_PARTS, f"{site.url}/"),
         "migrate": ("migrate", address, *keys, "--service-certificate", KEYS / "cloud-cert.pem"),
     }

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.options import ExistingPath, delete_access_key, open_accounts, settings_option
+from thrave.cli.identifiers import find_account
+from thrave.cli.options import (
+    ExistingPath,
+    confirm_deletion,
+    delete_access_key,
+    open_accounts,
+    open_identity,
+    open_service,
+    settings_option,
+    yes_option,
+)
 from thrave.cli.output import (
     key_document,
     key_documents,
@@ -33,11 +43,14 @@ if TYPE_CHECKING:
 
 _FILE = ExistingPath(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
+_account = click.argument("account", metavar="ACCOUNT")
 
 
 @click.group()
 def account() -> None:
     """Manage accounts. Their access keys sign requests and upload policies.
+
+    ACCOUNT is the id or name of an account, or the start of its id.
 
     \b
     Example:
@@ -111,29 +124,98 @@ def list_(settings: Settings, output: str) -> None:
     )
 
 
+@account.command()
+@_account
+@settings_option
+@output_option
+def show(settings: Settings, account: str, output: str) -> None:
+    """Show the account with the id or name ACCOUNT, its access keys and users, without the secrets.
+
+    \b
+    Example:
+      thrave account show alice
+    """
+    with open_identity(settings) as (accounts, users):
+        found = find_account(accounts, account)
+        keys, names = accounts.list_keys(found.account_id), [one.user_name for one in users.list(found.account_id)]
+    rows: list[tuple[str, ...]] = [
+        ("name", found.name),
+        ("created", f"{found.create_date:%Y-%m-%dT%H:%M:%SZ}"),
+        ("certificate", "yes" if found.certificate else "no"),
+        *(("access key", f"{one.access_key_id} ({one.status})") for one in keys),
+        *(("user", name) for name in names),
+    ]
+    document = {**_account_document(found, keys), "userNames": names}
+    print_result(output, document, table(("ACCOUNT", found.account_id), rows))
+
+
+@account.command()
+@_account
+@click.argument("name", metavar="NAME")
+@settings_option
+@output_option
+def rename(settings: Settings, account: str, name: str, output: str) -> None:
+    """Give the account with the id or name ACCOUNT the name NAME. Its id, keys and bundles do not change.
+
+    \b
+    Example:
+      thrave account rename alice alice@example.com
+    """
+    with open_accounts(settings) as accounts:
+        account_id = find_account(accounts, account).account_id
+        renamed = accounts.rename(account_id, name)
+    print_result(output, {"accountId": account_id, "name": renamed.name}, f"{account_id} is now {renamed.name}")
+
+
+@account.command()
+@_account
+@yes_option
+@settings_option
+@output_option
+def delete(settings: Settings, *, account: str, yes: bool, output: str) -> None:
+    """Delete the account with the id or name ACCOUNT, its access keys and its users. Its bundles and buckets stay.
+
+    Refused while the account has an instance, an unfinished task, or objects that a task must still delete.
+
+    \b
+    Example:
+      thrave account delete alice
+    """
+    from thrave.identity.accounts import instance_conflict
+
+    with open_service(settings) as components:
+        found = find_account(components.accounts, account)
+        confirm_deletion(f"the account {found.account_id} ({found.name}) with its access keys and users", yes=yes)
+        for instance in components.instances.list(found.account_id):
+            raise instance_conflict(found.account_id, instance.instance_id)
+        components.accounts.delete(found.account_id)
+    print_result(output, {"accountId": found.account_id, "name": found.name}, f"deleted {found.account_id}")
+
+
 @account.group()
 def key() -> None:
     """Manage the access keys of an account. Two at most, so that one can be replaced while the other works."""
 
 
 @key.command("create")
-@click.argument("account_id", metavar="ACCOUNT")
+@_account
 @settings_option
 @output_option
-def create_key(settings: Settings, account_id: str, output: str) -> None:
-    """Create an access key for the account with the id ACCOUNT. The secret is shown once.
+def create_key(settings: Settings, account: str, output: str) -> None:
+    """Create an access key for the account with the id or name ACCOUNT. The secret is shown once.
 
     \b
     Example:
       thrave account key create 123456789012
     """
     with open_accounts(settings) as accounts:
+        account_id = find_account(accounts, account).account_id
         document = {"accountId": account_id, **key_document(accounts.create_key(account_id))}
     print_new_secret(output, document)
 
 
 @key.command("import", short_help="Import an access key of the object store for an account.")
-@click.argument("account_id", metavar="ACCOUNT")
+@_account
 @click.option(
     "--credentials",
     type=_FILE,
@@ -142,8 +224,8 @@ def create_key(settings: Settings, account_id: str, output: str) -> None:
 )
 @settings_option
 @output_option
-def import_key(settings: Settings, account_id: str, credentials: Path, output: str) -> None:
-    """Import an access key that the object store knows, for the account with the id ACCOUNT.
+def import_key(settings: Settings, account: str, credentials: Path, output: str) -> None:
+    """Import an access key that the object store knows, for the account with the id or name ACCOUNT.
 
     The store accepts upload policies that are signed with this key. The service uses the key there for the account.
 
@@ -155,6 +237,7 @@ def import_key(settings: Settings, account_id: str, credentials: Path, output: s
 
     pair = read_credentials(credentials)
     with open_accounts(settings) as accounts:
+        account_id = find_account(accounts, account).account_id
         key = accounts.import_key(account_id, pair.access_key_id, pair.secret_access_key)
     document = {"accountId": account_id, "accessKeyId": key.access_key_id}
     print_result(output, {**document}, f"imported {key.access_key_id}")
@@ -162,16 +245,17 @@ def import_key(settings: Settings, account_id: str, credentials: Path, output: s
 
 @key.command("delete")
 @click.argument("access_key_id", metavar="KEY")
+@yes_option
 @settings_option
 @output_option
-def delete_key(settings: Settings, access_key_id: str, output: str) -> None:
+def delete_key(settings: Settings, *, access_key_id: str, yes: bool, output: str) -> None:
     """Delete the access key with the id KEY. Requests that it signs are refused within one second.
 
     \b
     Example:
       thrave account key delete AKIAIOSFODNN7EXAMPLE
     """
-    delete_access_key(settings, access_key_id, output)
+    delete_access_key(settings, access_key_id, output, yes=yes)
 
 
 @contextmanager

@@ -88,6 +88,7 @@ EXITS: tuple[tuple[Callable[[], type[Exception]], Exit], ...] = (
     (lambda: thrave.identity.errors.NoSuchEntity, Exit.NOT_FOUND),
     (lambda: thrave.identity.errors.EntityAlreadyExists, Exit.REFUSED),
     (lambda: thrave.identity.errors.LimitExceeded, Exit.REFUSED),
+    (lambda: thrave.identity.errors.DeleteConflict, Exit.REFUSED),
     (lambda: thrave.identity.errors.IdentityError, Exit.FAILED),
     (lambda: thrave.vault.VaultError, Exit.FAILED),
     (lambda: thrave.tasks.errors.BundleTaskNotFound, Exit.NOT_FOUND),

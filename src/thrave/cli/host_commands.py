@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.options import open_service, settings_option
+from thrave.cli.options import confirm_deletion, open_service, settings_option, yes_option
 from thrave.cli.output import format_duration, output_option, print_result, table
 
 if TYPE_CHECKING:
@@ -167,9 +167,10 @@ def adopt(settings: Settings, lost: str, *, name: str, powered_off: bool, output
 @host.command()
 @_name
 @_powered_off
+@yes_option
 @settings_option
 @output_option
-def retire(settings: Settings, name: str, *, powered_off: bool, output: str) -> None:
+def retire(settings: Settings, name: str, *, powered_off: bool, yes: bool, output: str) -> None:
     """Remove a host and its instances for good. Its unfinished tasks fail with Server.HostLost.
 
     \b
@@ -179,6 +180,8 @@ def retire(settings: Settings, name: str, *, powered_off: bool, output: str) -> 
     Exit codes: 0 done, 3 unknown host, 4 the host sends heartbeats.
     """
     with _open_components(settings) as components:
+        _find(components, name)
+        confirm_deletion(f"the host {name} and its instances from the service; its unfinished tasks fail", yes=yes)
         tasks = components.hosts.retire(name, powered_off=powered_off)
     print_result(output, {"host": name, "bundleIds": [*tasks]}, _with_tasks(f"{name} is retired", tasks))
 

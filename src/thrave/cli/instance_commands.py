@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 
-from thrave.cli.options import ExistingPath, open_accounts, require_data_directory, settings_option, tags_option
-from thrave.cli.output import find_account, output_option, print_instance, print_result, table
+from thrave.cli.identifiers import find_account, find_instance_id
+from thrave.cli.options import (
+    ExistingPath,
+    confirm_deletion,
+    open_accounts,
+    require_data_directory,
+    settings_option,
+    tags_option,
+    yes_option,
+)
+from thrave.cli.output import output_option, print_instance, print_result, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,7 +62,7 @@ _account_option = click.option(
 
 def _of_instance(command: Callable[..., None]) -> Callable[..., None]:
     """Add the parameters of each command about one instance: INSTANCE, the settings and `--output`."""
-    return click.argument("instance_id", metavar="INSTANCE")(settings_option(output_option(command)))
+    return click.argument("word", metavar="INSTANCE")(settings_option(output_option(command)))
 
 
 def _root_device_type_option(default: str | None, description: str) -> Callable[[_Command], _Command]:
@@ -69,6 +78,8 @@ def _root_device_type_option(default: str | None, description: str) -> Callable[
 @click.group()
 def instance() -> None:
     """Manage instances: the machines that can be bundled.
+
+    INSTANCE is the id of an instance, its tag `Name`, or the start of its id.
 
     \b
     Example:
@@ -204,8 +215,8 @@ def list_(settings: Settings, output: str) -> None:
 
 @instance.command("show")
 @_of_instance
-def show_(settings: Settings, instance_id: str, output: str) -> None:
-    """Show the instance with the id INSTANCE.
+def show_(settings: Settings, word: str, output: str) -> None:
+    """Show the instance with the id or name INSTANCE.
 
     \b
     Example:
@@ -215,7 +226,8 @@ def show_(settings: Settings, instance_id: str, output: str) -> None:
     from thrave.drivers import open_driver
 
     require_data_directory(settings)
-    found = open_driver(settings).get(instance_id)
+    instances = open_driver(settings)
+    found = instances.get(find_instance_id(instances, word))
     rows: list[tuple[str, ...]] = [
         ("account", found.account_id),
         *([("host", found.host)] if found.host else []),
@@ -231,21 +243,26 @@ def show_(settings: Settings, instance_id: str, output: str) -> None:
 
 @instance.command()
 @_of_instance
-def remove(settings: Settings, instance_id: str, output: str) -> None:
-    """Remove the description of the instance with the id INSTANCE. Its machine and volumes do not change.
+@yes_option
+def remove(settings: Settings, *, word: str, yes: bool, output: str) -> None:
+    """Remove the description of the instance with the id or name INSTANCE. Its machine and volumes do not change.
 
     \b
     Example:
       thrave instance remove i-0123456789abcdef0
     """
-    _open_described(settings).remove(instance_id)
+    described = _open_described(settings)
+    found = described.get(find_instance_id(described, word))
+    instance_id = found.instance_id
+    confirm_deletion(f"the description of the instance {instance_id} ({found.root_volume.path})", yes=yes)
+    described.remove(instance_id)
     print_result(output, {"instanceId": instance_id}, f"removed {instance_id}")
 
 
 @instance.command()
 @_of_instance
-def start(settings: Settings, instance_id: str, output: str) -> None:
-    """Start the instance with the id INSTANCE. Refused while its root volume is being bundled.
+def start(settings: Settings, word: str, output: str) -> None:
+    """Start the instance with the id or name INSTANCE. Refused while its root volume is being bundled.
 
     \b
     Example:
@@ -255,17 +272,18 @@ def start(settings: Settings, instance_id: str, output: str) -> None:
 
     require_data_directory(settings)
     instances = open_driver(settings)
+    instance_id = find_instance_id(instances, word)
     instances.start(instance_id)
     print_instance(instances.get(instance_id), output)
 
 
 @instance.command(short_help="Ask an instance to power off, and wait until it is off.")
-@click.argument("instance_id", metavar="INSTANCE")
+@click.argument("word", metavar="INSTANCE")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for the guest to power off.")
 @settings_option
 @output_option
-def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> None:
-    """Ask the instance with the id INSTANCE to power off, and wait until it is off. Never cuts the power.
+def stop(settings: Settings, word: str, timeout: float, output: str) -> None:
+    """Ask the instance with the id or name INSTANCE to power off, and wait until it is off. Never cuts the power.
 
     \b
     Example:
@@ -276,6 +294,7 @@ def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> N
 
     require_data_directory(settings)
     instances = open_driver(settings)
+    instance_id = find_instance_id(instances, word)
     if shut_down_guest(instances, instance_id, timeout=timeout) != "stopped":
         raise click.ClickException(
             f"{instance_id} did not power off within {timeout:.0f} seconds. "
@@ -340,14 +359,19 @@ def adopt(
 
 @instance.command(short_help="Remove a libvirt domain from its account.")
 @_of_instance
-def disown(settings: Settings, instance_id: str, output: str) -> None:
-    """Remove the libvirt domain with the instance id INSTANCE from its account. Domain and disks do not change.
+@yes_option
+def disown(settings: Settings, *, word: str, yes: bool, output: str) -> None:
+    """Remove the libvirt domain with the instance id or name INSTANCE from its account. Domain and disks do not change.
 
     \b
     Example:
       thrave instance disown i-0123456789abcdef0
     """
-    _open_adopted(settings).disown(instance_id)
+    adopted = _open_adopted(settings)
+    instance_id = find_instance_id(adopted, word)
+    adopted.get_owner(instance_id)
+    confirm_deletion(f"the account and the tags of the instance {instance_id} in its domain", yes=yes)
+    adopted.disown(instance_id)
     print_result(output, {"instanceId": instance_id}, f"disowned {instance_id}")
 
 

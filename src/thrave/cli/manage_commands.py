@@ -32,7 +32,15 @@ from thrave.cli.locations import (
     read_side_file_at,
     writable_folder,
 )
-from thrave.cli.options import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY, certificate_option, side_key_option
+from thrave.cli.options import (
+    CERTIFICATE,
+    ED25519_PRIVATE_KEY,
+    PRIVATE_KEY,
+    certificate_option,
+    confirm_deletion,
+    side_key_option,
+    yes_option,
+)
 from thrave.cli.output import format_size, output_option, print_result
 from thrave.cli.progress import progress_bar
 
@@ -227,9 +235,12 @@ _BATCH_SIZE = 1000  # files; S3's limit for one request
 @click.argument("location", type=WRITABLE_LOCATION)
 @certificate_option
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@yes_option
 @output_option
 @clean_up_on_signals
-def delete(*, location: Location[WritableFolder], certificate: Certificate | None, dry_run: bool, output: str) -> None:
+def delete(
+    *, location: Location[WritableFolder], certificate: Certificate | None, dry_run: bool, yes: bool, output: str
+) -> None:
     """Remove the bundle at LOCATION: its manifest, the parts that it names, and its side file.
 
     LOCATION is a manifest on the disk or in a bucket (s3://BUCKET/PREFIX.manifest.xml). With --certificate the bundle
@@ -248,6 +259,7 @@ def delete(*, location: Location[WritableFolder], certificate: Certificate | Non
     side_file = None if bound is None else read_side_file_at(location, bound)
     side_files = [location.side_file] if location.side_file else []
     if not dry_run:
+        confirm_deletion(f"the bundle {location} with {len(parts)} parts", yes=yes)
         if side_file is not None and bound is not None:  # its name is derived from the manifest, which is removed first
             location.folder.write(side_files[0], side_file)
             location.folder.remove([bound])

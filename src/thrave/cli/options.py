@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import click
 
+from thrave.cli.exit_codes import Exit
 from thrave.cli.folders import FileMissingError, FolderRefusedError
-from thrave.cli.output import SIZE_UNITS, TIME_UNITS, print_result
+from thrave.cli.output import SIZE_UNITS, TIME_UNITS, print_result, printable_lines
 from thrave.concurrency import utc_now
 
 if TYPE_CHECKING:
@@ -290,9 +291,41 @@ def open_identity(settings: Settings, *, create: bool = False) -> Iterator[tuple
         yield components.accounts, Users(components.database)
 
 
-def delete_access_key(settings: Settings, access_key_id: str, output: str) -> None:
+class NotConfirmedError(click.ClickException):
+    """The user has answered a question with no."""
+
+    exit_code = Exit.REFUSED
+
+
+def yes_option(command: _Command) -> _Command:
+    """Add `--yes` to a command that deletes something; its function receives `yes` for `confirm_deletion`."""
+    return click.option("--yes", is_flag=True, help="Delete without a question. Needed without a terminal.")(command)
+
+
+def confirm_deletion(what: str, *, yes: bool) -> None:
+    """Ask before something is deleted for good, unless `--yes` was given.
+
+    Raises:
+        click.UsageError: The question cannot be asked: stdin is not a terminal.
+        NotConfirmedError: The answer is no.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"This deletes {what}. Pass --yes to confirm.")
+    if not click.confirm(f"Delete {printable_lines(what)}?", err=True):
+        raise NotConfirmedError("Nothing was deleted.")
+
+
+def delete_access_key(settings: Settings, word: str, output: str, *, yes: bool) -> None:
     """Delete an access key of an account or a user, and print its id."""
+    from thrave.cli.identifiers import find_key_id
+
     with open_accounts(settings) as accounts:
+        access_key_id = find_key_id(accounts, word)
+        if (key := accounts.find_key(access_key_id)) is not None:
+            owner = f"user {key.user.user_name} of account" if key.user else "account"
+            confirm_deletion(f"the access key {access_key_id} of {owner} {key.account_id}", yes=yes)
         accounts.delete_key(access_key_id)
     print_result(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
 

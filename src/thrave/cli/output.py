@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from thrave.bundle.manifest import Manifest
     from thrave.bundle.verifier import VerifyResult
     from thrave.compute.instance import Instance
-    from thrave.identity.accounts import AccessKey, Account, Accounts
+    from thrave.identity.accounts import AccessKey
 
 
 _LABELS = {
@@ -33,15 +33,6 @@ _LABELS = {
     "certificateFile": "Certificate",
     "privateKeyFile": "Private key",
 }
-
-
-def find_account(accounts: Accounts, id_or_name: str) -> Account:
-    """Return the account with this id, else the account with this name. Raises NoSuchEntity."""
-    listed = accounts.list()
-    for found in listed:
-        if found.account_id == id_or_name:
-            return found
-    return next((found for found in listed if found.name == id_or_name), None) or accounts.get(id_or_name)
 
 
 def key_document(key: AccessKey) -> dict[str, str]:

@@ -13,7 +13,7 @@ from thrave.cli.exit_codes import Exit
 from thrave.cli.folders import FileMissingError, WritableFolder
 from thrave.cli.interrupts import clean_up_on_signals
 from thrave.cli.locations import Address, writable_folder
-from thrave.cli.options import Since, certificate_option, open_service, settings_option
+from thrave.cli.options import Since, certificate_option, confirm_deletion, open_service, settings_option, yes_option
 from thrave.cli.output import format_size, output_option, print_result, printable_lines, table
 from thrave.cli.progress import progress_bar
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 )
 @certificate_option
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@yes_option
 @output_option
 @clean_up_on_signals
 def prune(
@@ -54,6 +55,7 @@ def prune(
     older_than: datetime | None,
     certificate: Certificate | None,
     dry_run: bool,
+    yes: bool,
     output: str,
 ) -> None:
     """Remove the old bundles of a series in FOLDER, on the disk or in a bucket (s3://BUCKET/FOLDER).
@@ -70,7 +72,7 @@ def prune(
 
     \b
     Example:
-      thrave prune s3://my-bucket/nightly --name 'win-web-*' --keep 7 --older-than 30d --dry-run
+      thrave prune s3://my-bucket/nightly --name 'win-web-*' --keep 7 --older-than 30d --yes
 
     Exit codes: 0 done, 1 a file cannot be reached or removed, 2 wrong command line, 3 no bundle or interrupted removal
     matches, 4 access denied, 10 done, but a bundle that matches is damaged or incomplete.
@@ -84,6 +86,8 @@ def prune(
     series = Series(folder, pattern, Trust(certificate))
     if not series.prefixes and not series.interrupted:
         raise FileMissingError(f"no bundle in {place} matches {pattern!r}")
+    if not dry_run:
+        confirm_deletion(f"the old bundles {pattern!r} in {place} (--dry-run lists them)", yes=yes)
     with _task_check(settings, place) as find_task:
         finished, unfinished = _finish_removals(series, find_task, dry_run=dry_run)
         bundles, skipped = series.examine()

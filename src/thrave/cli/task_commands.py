@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from thrave.cli.error_output import ErrorReport, print_error
 from thrave.cli.exit_codes import Exit, exit_code, remedy_of
-from thrave.cli.options import Since, open_service, settings_option
+from thrave.cli.identifiers import complete_id, find_account, find_task_id
+from thrave.cli.options import Since, open_accounts, open_service, settings_option
 from thrave.cli.output import output_option, print_result
 from thrave.tasks.models import UNFINISHED, BundleTaskState
 
@@ -44,8 +46,8 @@ def task() -> None:
 @task.command("list")
 @click.option("--state", "states", type=_STATE, multiple=True, help="Tasks in this state. Repeatable.")
 @click.option("--unfinished", is_flag=True, help="Tasks in any state but complete and failed.")
-@click.option("--account", "account_id", metavar="ID", help="Tasks of this account.")
-@click.option("--instance", "instance_id", metavar="i-…", help="Tasks of this instance.")
+@click.option("--account", metavar="ACCOUNT", help="Tasks of this account: its id or name, or the start of its id.")
+@click.option("--instance", "instance_id", metavar="i-…", help="Tasks of this instance: its id, or the start of it.")
 @click.option("--host-id", metavar="ID", help="Tasks of this host.")
 @click.option(
     "--since", type=Since(), metavar="TIME", help="Tasks requested since this time: 2h, 3d or 2026-11-23T19:00Z."
@@ -60,7 +62,7 @@ def list_(
     *,
     states: tuple[str, ...],
     unfinished: bool,
-    account_id: str | None,
+    account: str | None,
     instance_id: str | None,
     host_id: str | None,
     since: datetime | None,
@@ -77,14 +79,18 @@ def list_(
     from thrave.cli.task_output import task_document, task_table
     from thrave.tasks.queries import TaskFilter
 
+    if account is not None:
+        with open_accounts(settings) as accounts:
+            account = find_account(accounts, account).account_id
     wanted = TaskFilter(
         states=frozenset(map(BundleTaskState, states)) | (UNFINISHED if unfinished else frozenset()),
-        account_id=account_id,
-        instance_id=instance_id,
+        account_id=account,
         host=host_id,
         since=since,
     )
     with _open_queries(settings) as (queries, records):
+        if instance_id is not None:
+            wanted = replace(wanted, instance_id=_find_instance(queries, instance_id))
         found, now = queries.latest(wanted, limit=limit + 1), records.now()
     shown, more = found[-limit:], len(found) > limit
     print_result(output, {"tasks": [task_document(report) for report in shown], "more": more}, task_table(shown, now))
@@ -97,7 +103,7 @@ def list_(
 @settings_option
 @output_option
 def show(settings: Settings, bundle_id: str, output: str) -> None:
-    """Show everything about the task with the id TASK_ID.
+    """Show everything about the task with the id TASK_ID, or with an id that starts so.
 
     States with their times, stored parts, rate and runs. For a failed task also the reason, what to do, and objects
     that could not be removed from the bucket.
@@ -111,6 +117,7 @@ def show(settings: Settings, bundle_id: str, output: str) -> None:
     from thrave.cli.task_output import TaskDetails, details_document, details_text
 
     with _open_queries(settings) as (queries, records):
+        bundle_id = find_task_id(queries, bundle_id)
         (report,) = queries.of([bundle_id])
         details = TaskDetails(report, records.history(bundle_id), records.now())
     print_result(output, details_document(details), details_text(details))
@@ -135,7 +142,7 @@ def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
     from thrave.cli.task_output import task_document, task_table, watch_tasks
 
     with _open_queries(settings) as (queries, records):
-        watched = bundle_ids or _unfinished(queries)
+        watched = [find_task_id(queries, one) for one in bundle_ids] or _unfinished(queries)
         if not watched:
             click.echo("There are no unfinished tasks to watch.", err=True)
         ended, now = watch_tasks(queries, watched), records.now()
@@ -165,7 +172,7 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
 
     cancelled, codes = [], []
     with _open_queries(settings) as (queries, records):
-        for bundle_id in bundle_ids:
+        for bundle_id in [find_task_id(queries, one) for one in bundle_ids]:
             try:
                 cancelled.append(_cancel(queries, records, bundle_id))
             except BundleTaskError as error:
@@ -185,6 +192,10 @@ def _open_queries(settings: Settings) -> Iterator[tuple[TaskQueries, TaskReposit
     with open_service(settings) as components:
         records = components.records()
         yield TaskQueries(components.database, records), records
+
+
+def _find_instance(queries: TaskQueries, word: str) -> str:
+    return complete_id(word, queries.instance_ids_from(word, limit=10))
 
 
 def _unfinished(queries: TaskQueries) -> list[str]:

@@ -7,12 +7,14 @@ reason, and the existing policy stays.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
 import click
 
 from thrave.cli.error_output import print_warning
-from thrave.cli.options import delete_access_key, open_identity, settings_option
+from thrave.cli.identifiers import find_account
+from thrave.cli.options import confirm_deletion, delete_access_key, open_identity, settings_option, yes_option
 from thrave.cli.output import (
     key_document,
     key_documents,
@@ -24,11 +26,13 @@ from thrave.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from thrave.config import Settings
+    from thrave.identity.accounts import Accounts
+    from thrave.identity.users import Users
 
-_account = click.argument("account_id", metavar="ACCOUNT")
+_account = click.argument("account", metavar="ACCOUNT")
 _user = click.argument("user_name", metavar="USER")
 _policy = click.argument("policy_name", metavar="POLICY")
 
@@ -38,9 +42,16 @@ def _of_user(command: Callable[..., None]) -> Callable[..., None]:
     return _account(_user(settings_option(output_option(command))))
 
 
+@contextmanager
+def _open_users(settings: Settings, account: str) -> Iterator[tuple[Accounts, Users, str]]:
+    """Open accounts and users; also return the id of the account that `account` means."""
+    with open_identity(settings) as (accounts, users):
+        yield accounts, users, find_account(accounts, account).account_id
+
+
 @click.group()
 def user() -> None:
-    """Manage the users of an account. A user may do what its policies allow. ACCOUNT is an account id.
+    """Manage the users of an account. A user may do what its policies allow. ACCOUNT is the id or name of an account.
 
     \b
     Example:
@@ -52,14 +63,14 @@ def user() -> None:
 
 @user.command()
 @_of_user
-def create(settings: Settings, account_id: str, user_name: str, output: str) -> None:
+def create(settings: Settings, account: str, user_name: str, output: str) -> None:
     """Create a user without permissions and without an access key.
 
     \b
     Example:
       thrave account user create 123456789012 bob
     """
-    with open_identity(settings) as (_, users):
+    with _open_users(settings, account) as (_, users, account_id):
         new = users.create(account_id, user_name)
     document = {"accountId": account_id, "userName": new.user_name, "userId": new.user_id, "arn": new.arn}
     print_result(output, {**document}, f"created {new.arn}")
@@ -69,15 +80,14 @@ def create(settings: Settings, account_id: str, user_name: str, output: str) -> 
 @_account
 @settings_option
 @output_option
-def list_(settings: Settings, account_id: str, output: str) -> None:
+def list_(settings: Settings, account: str, output: str) -> None:
     """List the users of an account with their policy names and access keys.
 
     \b
     Example:
       thrave account user list 123456789012 --output json
     """
-    with open_identity(settings) as (accounts, users):
-        accounts.get(account_id)
+    with _open_users(settings, account) as (accounts, users, account_id):
         listed = [
             (found, [*users.policies(account_id, found.user_name)], accounts.list_keys(account_id, found))
             for found in users.list(account_id)
@@ -101,14 +111,17 @@ def list_(settings: Settings, account_id: str, output: str) -> None:
 
 @user.command()
 @_of_user
-def delete(settings: Settings, account_id: str, user_name: str, output: str) -> None:
+@yes_option
+def delete(settings: Settings, *, account: str, user_name: str, yes: bool, output: str) -> None:
     """Delete a user with all its access keys and policies.
 
     \b
     Example:
       thrave account user delete 123456789012 bob
     """
-    with open_identity(settings) as (_, users):
+    with _open_users(settings, account) as (_, users, account_id):
+        found = users.get(account_id, user_name)
+        confirm_deletion(f"the user {found.arn} with its access keys and policies", yes=yes)
         users.delete(account_id, user_name)
     print_result(output, {"accountId": account_id, "userName": user_name}, f"deleted {user_name}")
 
@@ -128,7 +141,7 @@ def policy() -> None:
 @_policy
 @click.argument("file", type=click.File("rb"), metavar="FILE")
 def put_policy(
-    settings: Settings, *, account_id: str, user_name: str, policy_name: str, file: IO[bytes], output: str
+    settings: Settings, *, account: str, user_name: str, policy_name: str, file: IO[bytes], output: str
 ) -> None:
     """Store the policy in FILE (`-` is stdin) for a user under the name POLICY. Replaces a policy of that name.
 
@@ -137,7 +150,7 @@ def put_policy(
       thrave account user policy put 123456789012 bob read-only policy.json
     """
     document = file.read().decode("utf-8-sig", errors="replace")  # editors on Windows write a byte order mark
-    with open_identity(settings) as (_, users):
+    with _open_users(settings, account) as (_, users, account_id):
         users.put_policy(account_id, user_name, policy_name, document)
     _warn_about_unknown_actions(document)
     print_result(
@@ -156,28 +169,33 @@ def _warn_about_unknown_actions(document: str) -> None:
 @policy.command("delete")
 @_of_user
 @_policy
-def delete_policy(settings: Settings, account_id: str, user_name: str, policy_name: str, output: str) -> None:
+@yes_option
+def delete_policy(
+    settings: Settings, *, account: str, user_name: str, policy_name: str, yes: bool, output: str
+) -> None:
     """Delete a policy of a user.
 
     \b
     Example:
       thrave account user policy delete 123456789012 bob read-only
     """
-    with open_identity(settings) as (_, users):
+    with _open_users(settings, account) as (_, users, account_id):
+        users.policy(account_id, user_name, policy_name)
+        confirm_deletion(f"the policy {policy_name} of user {user_name}", yes=yes)
         users.delete_policy(account_id, user_name, policy_name)
     print_result(output, {"userName": user_name, "policyName": policy_name}, f"deleted {policy_name}")
 
 
 @policy.command("list")
 @_of_user
-def list_policies(settings: Settings, account_id: str, user_name: str, output: str) -> None:
+def list_policies(settings: Settings, account: str, user_name: str, output: str) -> None:
     """List the names of a user's policies.
 
     \b
     Example:
       thrave account user policy list 123456789012 bob
     """
-    with open_identity(settings) as (_, users):
+    with _open_users(settings, account) as (_, users, account_id):
         names = [*users.policies(account_id, user_name)]
     print_result(output, {"userName": user_name, "policyNames": names}, "\n".join(names))
 
@@ -185,14 +203,14 @@ def list_policies(settings: Settings, account_id: str, user_name: str, output: s
 @policy.command("show")
 @_of_user
 @_policy
-def show_policy(settings: Settings, account_id: str, user_name: str, policy_name: str, output: str) -> None:
+def show_policy(settings: Settings, account: str, user_name: str, policy_name: str, output: str) -> None:
     """Show a policy of a user exactly as it was stored.
 
     \b
     Example:
       thrave account user policy show 123456789012 bob read-only
     """
-    with open_identity(settings) as (_, users):
+    with _open_users(settings, account) as (_, users, account_id):
         text = users.policy(account_id, user_name, policy_name)
     document = {"userName": user_name, "policyName": policy_name, "policyDocument": json.loads(text)}
     print_result(output, document, text)
@@ -210,14 +228,14 @@ def key() -> None:
 
 @key.command("create")
 @_of_user
-def create_key(settings: Settings, account_id: str, user_name: str, output: str) -> None:
+def create_key(settings: Settings, account: str, user_name: str, output: str) -> None:
     """Create an access key for a user. The secret is shown once.
 
     \b
     Example:
       thrave account user key create 123456789012 bob
     """
-    with open_identity(settings) as (accounts, users):
+    with _open_users(settings, account) as (accounts, users, account_id):
         found = users.get(account_id, user_name)
         new_key = accounts.create_key(account_id, found)
     document = {"accountId": account_id, "userName": found.user_name, **key_document(new_key)}
@@ -226,13 +244,14 @@ def create_key(settings: Settings, account_id: str, user_name: str, output: str)
 
 @key.command("delete")
 @click.argument("access_key_id", metavar="KEY")
+@yes_option
 @settings_option
 @output_option
-def delete_key(settings: Settings, access_key_id: str, output: str) -> None:
+def delete_key(settings: Settings, *, access_key_id: str, yes: bool, output: str) -> None:
     """Delete the access key with the id KEY. Requests that it signs are refused within one second.
 
     \b
     Example:
       thrave account user key delete AKIAIOSFODNN7EXAMPLE
     """
-    delete_access_key(settings, access_key_id, output)
+    delete_access_key(settings, access_key_id, output, yes=yes)

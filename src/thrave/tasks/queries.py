@@ -108,6 +108,19 @@ class TaskQueries:
                 raise BundleTaskNotFound(bundle_id)
         return self._report(tasks)
 
+    def ids_from(self, start: str, *, limit: int) -> list[str]:
+        """Return at most `limit` ids of tasks that begin with `start`."""
+        query = sa.select(bundle_task.c.bundle_id).where(bundle_task.c.bundle_id.startswith(start, autoescape=True))
+        with self._engine.connect() as connection:
+            return [*connection.execute(query.limit(limit)).scalars()]
+
+    def instance_ids_from(self, start: str, *, limit: int) -> list[str]:
+        """Return at most `limit` ids of instances with a task, also of removed ones, that begin with `start`."""
+        column = bundle_task.c.instance_id
+        query = sa.select(column).where(column.startswith(start, autoescape=True)).distinct()
+        with self._engine.connect() as connection:
+            return [*connection.execute(query.limit(limit)).scalars()]
+
     def _report(self, tasks: Sequence[BundleTask]) -> list[TaskReport]:
         query = _STORED.where(bundle_task.c.bundle_id.in_([task.bundle_id for task in tasks]))
         with self._engine.connect() as connection:
