@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 TEST_PACKAGES := openssl jq isal qemu-utils python3-libnbd ntfs-3g fdisk libarchive-tools postgresql gcc libc6-dev \
 	radosgw ceph-mon ceph-osd ceph-common \
 	qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients python3-libvirt grub-common grub-pc-bin \
-	systemd bubblewrap acl nginx caddy curl
+	systemd bubblewrap acl nginx caddy curl ansible-core
 CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-github-aws-aws-sdk-go-v2-dev \
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql

@@ -35,7 +35,7 @@ PORTS = {"PORT": 1, "TLS_PORT": 1, "S3_PORT": 4, "POSTGRES_PORT": 1, "NGINX_PORT
 """Variables of the pages, and how many successive ports each names. SeaweedFS also takes those 10000 higher."""
 PROGRAMS = {
     "jq": "jq", "openssl": "openssl", "qemu-img": "qemu-utils", "curl": "curl", "nginx": "nginx", "caddy": "caddy",
-    "/usr/lib/postgresql": "postgresql",
+    "/usr/lib/postgresql": "postgresql", "ansible-playbook": "ansible-core",
 }  # fmt: skip
 GUEST = "win-web"
 """The domain of these pages; it runs and is not adopted."""
