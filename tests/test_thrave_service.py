@@ -9,6 +9,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from support.bundles.open_check import opened_folder_sha256
+from support.eventually import eventually
 from thrave import programs
 from thrave.testing import ServerError, upload_policy
 from thrave.testing.command_pipe import CommandPipe
@@ -64,6 +65,8 @@ def test_clients_of_the_code_under_test_use_the_account(thrave_account):
     boto3.client("s3").create_bucket(Bucket=BUCKET)
     assert [each["Name"] for each in thrave_account.client("s3").list_buckets()["Buckets"]] == [BUCKET]
     assert boto3.client("ec2").describe_bundle_tasks()["BundleTasks"] == []
+    with pytest.raises(ClientError, match="InvalidAction"):
+        boto3.client("iam", config=ONCE).list_users()
 
 
 def test_accounts_see_nothing_of_each_other(begin, thrave_account, thrave_ec2):
@@ -78,18 +81,28 @@ def test_accounts_see_nothing_of_each_other(begin, thrave_account, thrave_ec2):
     other.close()
 
 
-def test_close_ends_tasks_and_removes_instances_and_buckets(thrave_service):
+def test_close_removes_tasks_instances_and_buckets(thrave_service):
     account = thrave_service.new_account()
     thrave_service.inject("task-waits", state="bundling")
     instance = account.instance()
     ec2, s3 = account.client("ec2"), account.client("s3")
-    task = ec2.bundle_instance(InstanceId=instance.instance_id, Storage=account.storage(BUCKET, "winami"))["BundleTask"]
+    ec2.bundle_instance(InstanceId=instance.instance_id, Storage=account.storage(BUCKET, "winami"))
     account.close()
-    assert describe(ec2, task["BundleId"])["BundleTaskError"]["Code"] == "Client.Cancelled"
+    assert ec2.describe_bundle_tasks()["BundleTasks"] == []
     assert ec2.describe_instances()["Reservations"] == []
     assert s3.list_buckets()["Buckets"] == []
     assert not instance.root_volume.path.exists()
     assert thrave_service.fault_counts() == {}
+
+
+def test_next_test_finds_no_trace_of_bucket_and_prefix(thrave_service):
+    for _ in range(2):
+        account = thrave_service.new_account()
+        storage = account.storage(BUCKET, "winami")
+        task = account.client("ec2").bundle_instance(InstanceId=account.instance().instance_id, Storage=storage)
+        account.wait_for_end(task["BundleTask"]["BundleId"])
+        assert files(account.client("s3")) == FILES
+        account.close()
 
 
 class TestFaults:
@@ -160,6 +173,24 @@ class TestFaults:
         assert thrave_clock.advance(bundle_id, "storing") == "storing"
         thrave_account.service.reset()  # the upload fails when it ends, and is repeated
         assert thrave_account.wait_for_end(bundle_id) == "complete"
+
+    @pytest.mark.thrave_fault("store-waits", object="part")
+    def test_store_waits_while_the_task_is_cancelled(self, begin, thrave_account, thrave_ec2, thrave_s3):
+        bundle_id = begin(thrave_ec2)
+        counts = thrave_account.service.fault_counts
+        eventually(lambda: counts() == {"store-waits": 1}, "the upload of a part has begun")
+        thrave_ec2.cancel_bundle_task(BundleId=bundle_id)
+        assert thrave_account.wait_for_end(bundle_id) == "failed"
+        assert describe(thrave_ec2, bundle_id)["BundleTaskError"]["Code"] == "Client.Cancelled"
+        assert files(thrave_s3) == []
+
+    @pytest.mark.thrave_fault("store-refuses", after=2)
+    def test_after_skips_calls(self, begin, thrave_account, thrave_ec2, thrave_clock, thrave_s3):
+        bundle_id = begin(thrave_ec2)
+        thrave_clock.advance(bundle_id, "storing")
+        assert files(thrave_s3) == [FILES[2]]  # the first call; the second one is the side file
+        assert thrave_clock.advance(bundle_id) == "failed"
+        assert thrave_account.service.fault_counts() == {"store-refuses": 1}
 
     def test_every_fault_has_a_test(self):
         tested = {name.removeprefix("test_").replace("_", "-") for name in vars(type(self)) if name.startswith("test_")}

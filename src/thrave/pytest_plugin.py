@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from thrave.testing import ServiceAccount, ServiceClock, ThraveServer, ThraveService
 
 _FAULT = "thrave_fault"
+_OTHER_SETTINGS = (
+    "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+    "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT",
+)  # fmt: skip
+"""Variables that would send requests elsewhere, or with other credentials."""
 _START = datetime(2026, 1, 1, tzinfo=UTC)  # upload policies made after this moment have not expired
 
 
@@ -60,10 +65,10 @@ def thrave_account(
     """A new account for one test.
 
     Its credentials and the URLs of the service are in the environment, so clients that the code under test creates
-    use the service. After the test its tasks are ended, and its instances and buckets are removed.
+    use the service. After the test its tasks, instances and buckets are removed.
     """
     account = thrave_service.new_account()
-    for name in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_CA_BUNDLE"):
+    for name in _OTHER_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(thrave_service.data.root / "no-file"))

@@ -283,10 +283,8 @@ class BundleWorkflow:
     def complete(self) -> None:
         """End the task as `complete`, unless an operator has ended it before (`thrave host retire`)."""
         with failpoint("task-ended"):
-            is_complete = self._repository.complete(self._task.bundle_id)
-        if is_complete:
-            self._context.on_state(self._task.bundle_id, BundleTaskState.COMPLETE)
-            return
+            if self._repository.complete(self._task.bundle_id):
+                return
         if self._repository.state(self._task.bundle_id) not in FINISHED:
             raise RuntimeError(f"{self._task.bundle_id} cannot be completed from its state")
         log.warning("task ended before its bundle was complete", bundle_id=self._task.bundle_id)
@@ -306,7 +304,6 @@ class BundleWorkflow:
         failure = TaskFailure(self._task.error_code, self._task.error_message or "")
         with failpoint("task-ended"):
             self._repository.fail(self._task.bundle_id, failure)
-        self._context.on_state(self._task.bundle_id, BundleTaskState.FAILED)
 
     def _run_step(self, step: Step) -> None:
         """Run a step; repeat it while the hypervisor, the database or a resource of the host is unavailable.
@@ -526,5 +523,6 @@ def _run_once(context: TaskContext, bundle_id: str) -> None:
     run_number = retry_database(lambda: context.repository.start_run(bundle_id))
     if run_number is not None:
         BundleWorkflow(context, task, run_number).run()
-    elif (state := retry_database(lambda: context.repository.state(bundle_id))) is not None:
-        context.on_state(bundle_id, state)  # the task has ended before it started
+    state = retry_database(lambda: context.repository.state(bundle_id))
+    if state is not None:
+        context.on_state(bundle_id, state)

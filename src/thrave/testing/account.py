@@ -58,12 +58,16 @@ class ServiceAccount:
         return str(self.service.commands.send("wait_for_end", bundle_id))
 
     def environment(self) -> Mapping[str, str]:
-        """Return variables with which boto3 and the AWS CLI use the service: endpoints, region and credentials."""
+        """Return variables with which boto3 and the AWS CLI use the service: endpoints, region and credentials.
+
+        Requests to other services of AWS are also sent to Thrave, which refuses them.
+        """
         return {
             "AWS_ACCESS_KEY_ID": self.key.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.key.secret_access_key,
             "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION,
+            "AWS_ENDPOINT_URL": self.service.url,  # an error of ours for the services that Thrave does not have
             "AWS_ENDPOINT_URL_EC2": self.service.url,
             "AWS_ENDPOINT_URL_S3": self.service.s3_url,
             "AWS_ENDPOINT_URL_STS": self.service.url,
@@ -71,7 +75,7 @@ class ServiceAccount:
         }
 
     def close(self) -> None:
-        """End the account's tasks, and remove its instances, generated disks and buckets; `reset` the service."""
+        """Remove the account's tasks, instances, generated disks and buckets; `reset` the service."""
         self.service.reset()
         ec2 = self.client("ec2")
         for task in ec2.describe_bundle_tasks()["BundleTasks"]:

@@ -42,7 +42,7 @@ class ThraveService(ThraveServer):
             ComponentMissingError: moto or boto3 is not installed.
             ServerError: The service did not start.
         """
-        if missing := [name for name in ("boto3", "moto", "flask") if find_spec(name) is None]:
+        if missing := [name for name in ("boto3", "moto", "flask", "flask_cors") if find_spec(name) is None]:
             raise ComponentMissingError(f"{missing[0]} is not installed: pip install 'thrave[testing]'")
         super().start()
         assert self.process is not None
