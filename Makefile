@@ -11,6 +11,8 @@ TEST_PACKAGES := openssl jq isal qemu-utils python3-libnbd ntfs-3g fdisk libarch
 	radosgw ceph-mon ceph-osd ceph-common \
 	qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients python3-libvirt grub-common grub-pc-bin \
 	systemd bubblewrap acl nginx caddy curl ansible-core
+# For the containers of one test in the sweep.
+SWEEP_PACKAGES := podman runc netavark aardvark-dns iptables debootstrap
 CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-github-aws-aws-sdk-go-v2-dev \
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
@@ -28,6 +30,7 @@ test: $(INSTALLED) packages
 
 # The other cases: a kill at each failpoint, each EC2 client, each statement that can fail, long random runs.
 test-sweep: $(INSTALLED) packages
+	@scripts/system-packages $(SWEEP_PACKAGES)
 	$(BIN)/$(ALL_TESTS) -m sweep
 
 # Runs new seeds of the simulation (docs/explanation/simulation.md). SECONDS=3600 runs them for an hour.

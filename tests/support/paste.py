@@ -24,6 +24,10 @@ HOST_PAGES = {
     "bundle-libvirt-guests", "keep-guests-running", "prepare-a-windows-guest", "restore-as-a-libvirt-guest",
 }  # fmt: skip
 """Pages for root on a host with systemd and libvirt."""
+CONTAINER_PAGES = {"run-in-containers"}
+"""Pages that need root, Podman and an image registry: tests/packaging/test_containers.py has replacements."""
+INSTALLATION_PAGES = {"install-and-upgrade"}
+"""Pages that install Thrave with pip: tests/packaging/test_upgrade.py has two versions of Thrave."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|\r")
 _PASTE_BEGIN, _PASTE_END = b"\x1b[200~", b"\x1b[201~"  # "bracketed paste" of xterm: bash runs nothing before the end
 _DONE = re.compile(rb"\x1b\]133;D;(\d+)\x07")
