@@ -23,7 +23,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 SDIST_TESTS = (
     "tests/bundle/test_vectors.py", "tests/docs/test_architecture.py", "tests/docs/test_links.py",
     "tests/packaging/test_host_files_installer.py", "tests/packaging/test_installation.py",
-    "tests/packaging/test_workflows.py", "tests/test_check_words.py", "tests/test_config.py",
+    "tests/packaging/test_metadata.py", "tests/packaging/test_workflows.py", "tests/test_check_words.py",
+    "tests/test_config.py",
 )  # fmt: skip
 SDIST_TEST_TOOLS = ("hypothesis", "psutil", "pytest", "pytest-timeout", "pyyaml")
 
