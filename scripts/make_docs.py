@@ -25,6 +25,7 @@ from thrave.doctor.check_table import CHECKS, CLEAN_UP
 from thrave.ec2.errors import ERRORS
 from thrave.identity.policies import ELEMENTS, MAX_CHARACTERS, STATEMENT_ELEMENTS
 from thrave.identity.policy_conditions import KEYS, OPERATORS
+from thrave.log_events import CONTEXT_FIELDS, EVENTS
 from thrave.tasks.errors import ERROR_CODES
 from thrave.tasks.failpoints import FAILPOINTS
 from thrave.tasks.models import (
@@ -376,6 +377,33 @@ key. Several values of one key are joined by OR, everything else by AND.
 {operators}"""
 
 
+def log_events() -> str:
+    """Events of tasks and of the service in the log."""
+    rows = (
+        (f"`{name}`", row.level, ", ".join(f"`{field}`" for field in row.fields), row.text)
+        for name, row in EVENTS.items()
+    )
+    return LOG_EVENTS.format(
+        context=table(("field", "meaning"), ((f"`{name}`", meaning) for name, meaning in CONTEXT_FIELDS.items())),
+        events=table(("event", "level", "fields", "when"), rows),
+    )
+
+
+LOG_EVENTS = """\
+# Events in the log
+
+The processes of the service log to stderr, with `--log-format text` for people or `json` for programs. In JSON each
+line is an object with `event`, `level`, `timestamp` and the fields below. Sizes are in bytes, times in seconds. A field
+without a value is absent. No line has a secret.
+
+Each of these lines is one event. Other lines report errors and retries; repetitions of those are counted.
+
+{events}
+A line that is written while a request is handled or a task runs has these fields too:
+
+{context}"""
+
+
 def policies() -> str:
     """The supported part of IAM's policy language."""
     header = ("element", "meaning")
@@ -494,6 +522,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "disk-images.md": ("src/thrave/volumes/image_rules.py", disk_images),
     "task-states.md": ("src/thrave/tasks/models.py", states),
     "host-states.md": ("src/thrave/tasks/models.py", host_states),
+    "log-events.md": ("src/thrave/log_events.py", log_events),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
     "modules.md": ("the docstrings of src/thrave", modules),
     "commands.md": ("the help of the commands", commands),

@@ -181,6 +181,9 @@ bundle_task = sa.Table(
     sa.Column("error_message", sa.Text),
     sa.Column("warning", sa.Text),  # for the owner; the task continued
     sa.Column("volume_size", sa.BigInteger),  # bytes of the root volume; null until it has been opened
+    sa.Column("off_since", UtcDateTime),  # since when the instance is off for the task; null: it is not
+    # Seconds for which the instance was off for the task, without the time since `off_since`; null: it never was.
+    sa.Column("downtime", sa.Float),
     # Number of runs. It is the number of the last run, and only that run may write.
     sa.Column("runs", sa.Integer, nullable=False, server_default="0"),
     sa.Index("bundle_task_by_account", "account_id", "start_time"),

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 
 from thrave.concurrency import monotonic, new_lock, start_later
+from thrave.log_events import EVENTS
 
 INTERVAL = 60.0  # seconds for which repeated lines are counted
 MAX_KINDS = 50  # kinds of one event in an interval; further kinds are counted together
@@ -119,6 +120,8 @@ def configure_logs(log_format: str) -> None:
 def _limited_by(limiter: Limiter) -> structlog.types.Processor:
     def process(_logger: object, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         event = str(line.get("event"))
+        if event in EVENTS:  # no repetition; the rate limit of requests bounds their number
+            return line
         kind = tuple((name, str(line[name])[:MAX_VALUE]) for name in _DISTINCT if name in line)
         if limiter.passes((method, event), kind, event):
             return line

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Never
 
 import structlog
@@ -25,7 +26,7 @@ from thrave.compute.fleet import FleetInventory
 from thrave.compute.power import PowerControl
 from thrave.concurrency import start_thread
 from thrave.config import Settings
-from thrave.database import STATEMENT_TIMEOUT, DatabaseReplacedError
+from thrave.database import STATEMENT_TIMEOUT, DatabaseReplacedError, display_name
 from thrave.doctor.component_probes import MAX_AGE, database_probe, hypervisor_probe, store_probe
 from thrave.ec2.app import create_app
 from thrave.ec2.backend import AroundAction, Ec2Backend, Permissions, RateLimit, do_nothing
@@ -33,6 +34,7 @@ from thrave.files import ProcessLock
 from thrave.health import DATABASE, HYPERVISOR, STORE, HealthCache
 from thrave.http_server import HttpServer, MonitoringServer, open_monitoring
 from thrave.identity.users import Users
+from thrave.log_events import log_event
 from thrave.monitoring import MonitoringApp
 from thrave.tasks.root_volume_check import RootVolumeCheck
 from thrave.tasks.task_service import BundleTaskService
@@ -99,7 +101,7 @@ def serve(settings: Settings, on_listening: OnListening, hooks: TestHooks | None
         agent.start(reports=False)
     start_thread("drained", lambda: _stop_when_drained(agent), on_failure=lambda _error: os._exit(1))
     _start_monitoring(monitoring, health)
-    _serve_requests(http_server, app, on_listening, lock)
+    _serve_requests(http_server, app, on_listening, lock=lock, settings=settings, process="serve")
 
 
 def serve_api(settings: Settings, on_listening: OnListening) -> None:
@@ -116,7 +118,7 @@ def serve_api(settings: Settings, on_listening: OnListening) -> None:
     health = _start_probes(settings, DATABASE, STORE)
     app = create_app(_build_backend(components, fleet, fleet, None, health))
     _start_monitoring(monitoring, health)
-    _serve_requests(http_server, app, on_listening, None)
+    _serve_requests(http_server, app, on_listening, lock=None, settings=settings, process="api")
 
 
 def run_agent(settings: Settings, on_started: Callable[[], None]) -> None:
@@ -135,6 +137,7 @@ def run_agent(settings: Settings, on_started: Callable[[], None]) -> None:
         agent.start(reports=True)
     if monitoring is not None:
         _start_monitoring(monitoring, _start_probes(settings, DATABASE, STORE, HYPERVISOR))
+    _log_start(settings, "agent")
     on_started()
     if status := agent.wait():
         os._exit(status)
@@ -203,11 +206,35 @@ _PROBES = {DATABASE: database_probe, STORE: store_probe, HYPERVISOR: hypervisor_
 def _start_monitoring(monitoring: MonitoringServer | None, health: HealthCache) -> None:
     if monitoring is not None:
         monitoring.start(MonitoringApp(health))
-        log.info("monitoring started", address=monitoring.url)
+        log_event("monitoring started", address=monitoring.url)
 
 
-def _serve_requests(http_server: HttpServer, app: ASGIApp, on_listening: OnListening, lock: ProcessLock | None) -> None:
+def _log_start(settings: Settings, process: str, address: str | None = None) -> None:
+    is_api = process == "api"
+    log_event(
+        "service started",
+        process=process,
+        version=version("thrave"),
+        data_dir=str(settings.data_dir.absolute()),
+        database=display_name(settings.database),
+        store=settings.s3_endpoint or "s3" if settings.store == "s3" else "directory",
+        hypervisor=None if is_api else settings.hypervisor,
+        host=None if is_api else settings.host_id,
+        address=address,
+    )
+
+
+def _serve_requests(
+    http_server: HttpServer,
+    app: ASGIApp,
+    on_listening: OnListening,
+    *,
+    lock: ProcessLock | None,
+    settings: Settings,
+    process: str,
+) -> None:
     def report_url(url: str) -> None:
+        _log_start(settings, process, url)
         if lock is not None:
             lock.write(f"process {os.getpid()} ({url})")
         on_listening(url)

@@ -33,6 +33,9 @@ LISTEN_ADDRESS = click.option("--listen-address", help="IP address or host name 
 LISTEN_PORT = click.option(
     "-p", "--listen-port", type=int, help="TCP port to listen on; 0: any free port.  [default: 8773]"
 )
+LOG_FORMAT = click.option(
+    "--log-format", type=click.Choice(["text", "json"]), help="Format of the log on stderr.  [default: text]"
+)
 CONFIG = click.option("--config", type=ExistingPath(dir_okay=False, path_type=Path), help="Settings file (TOML).")
 
 
@@ -41,9 +44,16 @@ CONFIG = click.option("--config", type=ExistingPath(dir_okay=False, path_type=Pa
 @LISTEN_ADDRESS
 @LISTEN_PORT
 @CONFIG
+@LOG_FORMAT
 @output_option
 def serve(
-    data_dir: Path | None, listen_address: str | None, listen_port: int | None, config: Path | None, output: str
+    *,
+    data_dir: Path | None,
+    listen_address: str | None,
+    listen_port: int | None,
+    config: Path | None,
+    log_format: str | None,
+    output: str,
 ) -> None:
     """Run the service on one machine: EC2 API, worker and store in one process.
 
@@ -63,7 +73,9 @@ def serve(
     """
     _stop_on_signals()
     make_files_private()
-    settings = _load_settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
+    settings = _load_settings(
+        config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port, log_format=log_format
+    )
     with quick_imports():
         from thrave import server
 
@@ -76,9 +88,16 @@ def serve(
 @LISTEN_ADDRESS
 @LISTEN_PORT
 @CONFIG
+@LOG_FORMAT
 @output_option
 def api(
-    data_dir: Path | None, listen_address: str | None, listen_port: int | None, config: Path | None, output: str
+    *,
+    data_dir: Path | None,
+    listen_address: str | None,
+    listen_port: int | None,
+    config: Path | None,
+    log_format: str | None,
+    output: str,
 ) -> None:
     """Run an API process of a fleet. Any number of them can run.
 
@@ -94,7 +113,9 @@ def api(
     """
     _stop_on_signals()
     make_files_private()
-    settings = _load_settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
+    settings = _load_settings(
+        config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port, log_format=log_format
+    )
     _require_fleet(settings, "api")
     with quick_imports():
         from thrave import server
@@ -107,8 +128,9 @@ def api(
 @click.option("--host-id", help="ID of this hypervisor host. Required unless the setting host_id is set.")
 @DATA_DIR
 @CONFIG
+@LOG_FORMAT
 @output_option
-def agent(host_id: str | None, data_dir: Path | None, config: Path | None, output: str) -> None:
+def agent(host_id: str | None, data_dir: Path | None, config: Path | None, log_format: str | None, output: str) -> None:
     """Run the agent of a hypervisor host, which runs the host's bundle tasks. One agent runs on each host.
 
     Prints `working as ID` when it has started. SIGTERM stops it; a running bundle task resumes at the next start.
@@ -125,7 +147,7 @@ def agent(host_id: str | None, data_dir: Path | None, config: Path | None, outpu
     """
     _stop_on_signals()
     make_files_private()
-    settings = _load_settings(config, data_dir=data_dir, host_id=host_id)
+    settings = _load_settings(config, data_dir=data_dir, host_id=host_id, log_format=log_format)
     _require_fleet(settings, "agent")
     if "host_id" not in settings.model_fields_set:
         raise click.UsageError(

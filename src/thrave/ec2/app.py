@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from thrave.concurrency import random_bytes
 from thrave.ec2.actions import ACTIONS, Action
@@ -202,7 +203,7 @@ def authenticate_request(backend: Ec2Backend, request: Ec2Request, request_id: s
                 check_time=backend.check_request_time,
             )
         except EC2Error as error:
-            _log_refusal(request, error, now)
+            _log_refusal(request, error, now, request_id)
             raise
 
 
@@ -212,7 +213,10 @@ def handle_request(backend: Ec2Backend, request: Ec2Request, key: AccessKey, req
     Raises:
         EC2Error: The response is an error.
     """
-    with _only_ec2_errors(request_id):
+    who = {"account_id": key.account_id, "access_key_id": key.access_key_id, "remote": request.source_ip}
+    if key.user is not None:
+        who["user"] = key.user.user_name
+    with bound_contextvars(request_id=request_id, **who), _only_ec2_errors(request_id):
         backend.rate.take(key.account_id)
         caller = Caller(
             account_id=key.account_id,
@@ -292,7 +296,7 @@ def _log_traceback(event: str, error: BaseException, request_id: str) -> None:
     log.error(event, request_id=request_id, where=where, traceback="".join(traceback.format_exception(error)))
 
 
-def _log_refusal(request: Ec2Request, error: EC2Error, now: datetime) -> None:
+def _log_refusal(request: Ec2Request, error: EC2Error, now: datetime, request_id: str) -> None:
     """Log why authentication failed, with what arrived; the client learns only that the request is refused."""
     claim: dict[str, object] = {}
     with suppress(EC2Error, ProtocolError, UnreadableRequest):
@@ -307,6 +311,7 @@ def _log_refusal(request: Ec2Request, error: EC2Error, now: datetime) -> None:
     advice = {"advice": _ADVICE[error.code]} if error.code in _ADVICE else {}
     log.warning(
         "request refused",
+        request_id=request_id,
         code=error.code,
         reason=error.message,
         host=request.header("host"),

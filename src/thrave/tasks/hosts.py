@@ -23,7 +23,7 @@ from thrave.database import bundle_task, host, instance, now, task_in_progress
 from thrave.tasks.engine import RUNNING, TaskQueue
 from thrave.tasks.errors import AdopterError, HostInUse, HostStateError, NoSuchHost, TaskFailure
 from thrave.tasks.lease import HostLease
-from thrave.tasks.models import HEARTBEAT_STATES, HOST_TRANSITIONS, HostEvent, HostState
+from thrave.tasks.models import HEARTBEAT_STATES, HOST_TRANSITIONS, BundleTaskState, HostEvent, HostState
 from thrave.tasks.repository import TaskRepository
 
 _NO_LEASE = ""  # the lease of a host that has no agent
@@ -257,6 +257,9 @@ class HostRegistry:
             failed = [each for each in tasks if self._records.end_on_lost_host(connection, each, reason)]
             connection.execute(host.delete().where(host.c.host == name))
         self._queues.cancel(name, tasks)
+        for bundle_id in tasks:
+            state = BundleTaskState.FAILED if bundle_id in failed else BundleTaskState.COMPLETE
+            self._records.log_state(bundle_id, state)
         return failed
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+import structlog
 from pydantic import TypeAdapter
 
 from thrave.compute import power_records
@@ -28,8 +29,9 @@ from thrave.database import (
     task_in_progress,
     to_be_deleted,
 )
+from thrave.log_events import log_event
 from thrave.tasks import claims
-from thrave.tasks.errors import TaskCancelled, TaskFailure, without_folders
+from thrave.tasks.errors import ERROR_CODES, TaskCancelled, TaskFailure, without_folders
 from thrave.tasks.journal import UploadJournal
 from thrave.tasks.lease import HostLease, hostless
 from thrave.tasks.models import (
@@ -55,7 +57,7 @@ RECOVER_FOR = timedelta(days=1)
 # Columns that are erased when a task ends, and columns that are not in `BundleTask`.
 _ERASED = dict.fromkeys(("encrypted_policy", "encrypted_bundle_key", "checkpoint", "documents"))
 _COMPLETED: dict[str, Any] = {"progress": 100, "created_bucket": None, **_ERASED}
-_HIDDEN = {*_ERASED, "overlay", "part_series", "earlier", "manifest_sent"}
+_HIDDEN = {*_ERASED, "overlay", "part_series", "earlier", "manifest_sent", "off_since", "downtime"}
 
 # Built once: building a query takes SQLAlchemy longer than running it takes SQLite.
 _COLUMNS = [column for column in bundle_task.c if column.name not in _HIDDEN]
@@ -89,11 +91,25 @@ _GOES_FORWARD = bundle_task.c.error_code.is_(None)
 _REPLACES = sa.and_(bundle_task.c.state == sa.literal_column("'complete'"), bundle_task.c.earlier.is_not(None))
 
 
+log = structlog.get_logger()
+
+
 class StoredPolicy(NamedTuple):
     """The caller's upload policy and its signature, as received."""
 
     upload_policy: str
     upload_policy_signature: str
+
+
+class TaskSummary(NamedTuple):
+    """What a task has done, for the log."""
+
+    seconds: float
+    """Since the request, by the database's clock."""
+    stored_bytes: int
+    """Size of the bundle's objects that are stored."""
+    downtime: float | None
+    """Seconds for which the instance was off for the task; None: it never was."""
 
 
 class TaskRepository:
@@ -167,6 +183,25 @@ class TaskRepository:
         with self._engine.connect() as connection:
             rows = connection.execute(mine)
             return [TaskEvent(row.time, BundleTaskState(row.state), row.message) for row in rows]
+
+    def summary(self, bundle_id: str) -> TaskSummary | None:
+        """Return what a task has done so far; None if there is none with this id."""
+        stored = sa.select(sa.func.coalesce(sa.func.sum(bundle_part.c.size), 0)).where(
+            bundle_part.c.bundle_id == bundle_id, bundle_part.c.state == "sent"
+        )
+        query = sa.select(
+            bundle_task.c.start_time,
+            bundle_task.c.off_since,
+            bundle_task.c.downtime,
+            now().label("now"),
+            stored.scalar_subquery().label("stored_bytes"),
+        ).where(bundle_task.c.bundle_id == bundle_id)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        downtime = _downtime(row.downtime, row.off_since, row.now)
+        return TaskSummary((row.now - row.start_time).total_seconds(), int(row.stored_bytes), downtime)
 
     def stored_policy(self, bundle_id: str) -> StoredPolicy:
         """Return the upload policy and signature of an unfinished task."""
@@ -401,12 +436,27 @@ class TaskRepository:
             if seen_off is not None:
                 connection.execute(_end_power_recovery(seen_off))
             power_records.give_back(connection, bundle_id)
+            downtime = _end_downtime(connection, bundle_id)
+        if downtime is not None:
+            log_event("instance returned", bundle_id=bundle_id, downtime=round(downtime, 1))
 
     def record_seen_off(self, instance_id: str) -> None:
-        """Record that an instance was off: earlier shutdown requests have no further effect."""
+        """Record that an instance was off: earlier shutdown requests have no further effect.
+
+        The downtime of the task that has borrowed it begins, unless it has begun.
+        """
         with self._host_transaction() as connection:
             connection.execute(_end_power_recovery(instance_id))
             power_records.record_off(connection, instance_id)
+            borrower = sa.select(instance_power.c.borrowed_by).where(instance_power.c.instance_id == instance_id)
+            begun = bundle_task.update().where(
+                bundle_task.c.bundle_id == borrower.scalar_subquery(), bundle_task.c.off_since.is_(None)
+            )
+            borrowed_by = connection.execute(
+                begun.values(off_since=now()).returning(bundle_task.c.bundle_id)
+            ).scalar_one_or_none()
+        if borrowed_by is not None:
+            log_event("instance off", bundle_id=borrowed_by, instance_id=instance_id)
 
     def schedule_power_recovery(self, bundle_id: str, until: datetime | timedelta | None) -> None:
         """Let power recovery check the task's instance until a time or for a duration; None: no longer.
@@ -593,7 +643,41 @@ class TaskRepository:
                 transaction.execute(bundle_task_event.insert(), _event(bundle_id, state))
             if changed and state is BundleTaskState.FAILED:
                 claims.renounce(transaction, bundle_id)
+        if changed and connection is None:  # else the caller logs the change after its transaction
+            self.log_state(bundle_id, state)
         return changed
+
+    def log_state(self, bundle_id: str, state: BundleTaskState) -> None:
+        """Log that a task has changed to `state`; if it has ended, also with which result."""
+        log_event("task state changed", bundle_id=bundle_id, state=state.value)
+        if state not in FINISHED or not structlog.is_configured():
+            return
+        try:
+            task, summary = self.get(bundle_id), self.summary(bundle_id)
+        except sa.exc.SQLAlchemyError as error:  # the change is committed: the task must not be affected
+            log.warning(
+                "database unavailable, end of the task not logged", bundle_id=bundle_id, error=type(error).__name__
+            )
+            return
+        if task is None or summary is None:
+            return
+        common: dict[str, Any] = {
+            "bundle_id": bundle_id, "instance_id": task.instance_id, "account_id": task.account_id,
+            "seconds": round(summary.seconds, 1),
+            "downtime": None if summary.downtime is None else round(summary.downtime, 1),
+        }  # fmt: skip
+        if state is BundleTaskState.COMPLETE:
+            log_event(
+                "task completed",
+                volume_bytes=task.volume_size,
+                stored_bytes=summary.stored_bytes,
+                rate=round((task.volume_size or 0) / max(summary.seconds, 0.001)),
+                **common,
+            )
+        else:
+            code = task.error_code or ""
+            remedy = ERROR_CODES[code].remedy if code in ERROR_CODES else None
+            log_event("task failed", code=code, message=task.error_message, remedy=remedy, **common)
 
     def _set_values(self, bundle_id: str, **values: object) -> None:
         """Change columns that the API does not show: the update time stays. An agent needs the right to write."""
@@ -618,6 +702,24 @@ class TaskRepository:
         if self._lease is not None:
             self._lease.lock_task(connection, bundle_id)  # raises if the right is lost; else the condition did not hold
         return False
+
+
+def _end_downtime(connection: sa.Connection, bundle_id: str) -> float | None:
+    """Add the time since `off_since` to the task's downtime; return the sum, or None if the instance was not off."""
+    mine = bundle_task.c.bundle_id == bundle_id
+    query = sa.select(bundle_task.c.off_since, bundle_task.c.downtime, now().label("now")).where(mine)
+    row = connection.execute(query).one_or_none()
+    if row is None or row.off_since is None:
+        return None
+    downtime = _downtime(row.downtime, row.off_since, row.now)
+    connection.execute(bundle_task.update().where(mine).values(off_since=None, downtime=downtime))
+    return downtime
+
+
+def _downtime(ended: float | None, off_since: datetime | None, current: datetime) -> float | None:
+    if off_since is None:
+        return ended
+    return (ended or 0.0) + max((current - off_since).total_seconds(), 0.0)
 
 
 def _end_power_recovery(instance_id: str) -> sa.Update:

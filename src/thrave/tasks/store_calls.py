@@ -10,6 +10,7 @@ import errno
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -78,7 +79,9 @@ class CallGroup(Generic[R]):
             self._check()
             self._running += 1
         try:
-            start_thread("store-call", partial(self._run, call), on_failure=self._fail)
+            # In the context of the task, so that its log lines name the task.
+            work = partial(copy_context().run, self._run, call)
+            start_thread("store-call", work, on_failure=self._fail)
         except RuntimeError:  # no thread, no call
             with self._changed:
                 self._running -= 1

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from thrave.compute.errors import InstanceNotFound
 from thrave.concurrency import monotonic, random_hex
 from thrave.database import instance
+from thrave.log_events import log_event
 from thrave.tasks.created_buckets import CreatedBuckets
 from thrave.tasks.errors import (
     BundleTaskNotCancellable,
@@ -95,6 +96,10 @@ class BundleTaskService:
             return self.create(request)  # the other task ended between the insert and the check
         task = self._records.get(bundle_id)
         assert task is not None
+        log_event(
+            "task accepted", bundle_id=bundle_id, instance_id=task.instance_id, account_id=task.account_id,
+            host=task.host, bucket=task.bucket, prefix=task.prefix,
+        )  # fmt: skip
         return task
 
     def _locked_host(self, connection: sa.Connection, instance_id: str) -> str:
@@ -159,6 +164,7 @@ class BundleTaskService:
         task = self._task(account_id, bundle_id)
         if not cancelled:
             raise BundleTaskNotCancellable(task.state)
+        log_event("task cancelled", bundle_id=bundle_id)
         return task
 
     def _task(self, account_id: str, bundle_id: str) -> BundleTask:

@@ -27,6 +27,7 @@ from thrave.compute.instance import UNCLEAN_REASONS, UNREADABLE_REASONS, Instanc
 from thrave.concurrency import Call, monotonic, sleep
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity, load_certificate
+from thrave.log_events import log_event
 from thrave.tasks.created_buckets import CreatedBuckets
 from thrave.tasks.engine import RUNNING
 from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, to_task_failure
@@ -505,7 +506,8 @@ def run_bundle_task(context: TaskContext, bundle_id: str) -> None:
             log.warning("task is running already, second run ignored", bundle_id=bundle_id)
             return
         try:
-            _run_once(context, bundle_id)
+            with structlog.contextvars.bound_contextvars(bundle_id=bundle_id):
+                _run_once(context, bundle_id)
         except RightLostError as error:
             log.warning("run of a task ended", bundle_id=bundle_id, error=str(error))
         except Exception:
@@ -522,7 +524,12 @@ def _run_once(context: TaskContext, bundle_id: str) -> None:
         retry_database(lambda: context.created_buckets.remove_of(context.store, task))
     run_number = retry_database(lambda: context.repository.start_run(bundle_id))
     if run_number is not None:
-        BundleWorkflow(context, task, run_number).run()
+        log_event(
+            "task run started", bundle_id=bundle_id, instance_id=task.instance_id, account_id=task.account_id,
+            host=task.host, run=run_number, step=task.next_step.value,
+        )  # fmt: skip
+        with structlog.contextvars.bound_contextvars(instance_id=task.instance_id, account_id=task.account_id):
+            BundleWorkflow(context, task, run_number).run()
     state = retry_database(lambda: context.repository.state(bundle_id))
     if state is not None:
         context.on_state(bundle_id, state)

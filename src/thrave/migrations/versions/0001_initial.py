@@ -59,6 +59,8 @@ def upgrade() -> None:
         sa.Column('error_message', sa.Text()),
         sa.Column('warning', sa.Text()),
         sa.Column('volume_size', sa.BigInteger()),
+        sa.Column('off_since', sa.DateTime()),
+        sa.Column('downtime', sa.Float()),
         sa.Column('runs', sa.Integer(), server_default='0', nullable=False),
         sa.PrimaryKeyConstraint('bundle_id'),
     )
