@@ -26,6 +26,8 @@ WITHOUT = {
     ("write_guard.py", "self._current.get()"): "a context variable",
     ("http_server.py", "_PEER.get()"): "a context variable",
     ("demo/tour.py", "waiter.wait(**ids, WaiterConfig={'Delay': 1, 'MaxAttempts': WAIT_TIMEOUT})"): "boto3's own limit",
+    ("testing/memory_store.py", "self._released.wait()"): "the end of each test releases it",
+    ("testing/task_gate.py", "self._changed.wait()"): "the end of each test lets every task go",
     ("files.py", "fcntl.flock(descriptor, fcntl.LOCK_EX)"): "a start of the service, or a file that nobody else has",
 }
 
