@@ -11,13 +11,12 @@ TEST_PACKAGES := openssl jq isal qemu-utils python3-libnbd ntfs-3g fdisk libarch
 	radosgw ceph-mon ceph-osd ceph-common \
 	qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients python3-libvirt grub-common grub-pc-bin \
 	systemd bubblewrap acl nginx caddy curl ansible-core
-# For the containers of one test in the sweep.
-SWEEP_PACKAGES := podman runc netavark aardvark-dns iptables debootstrap
+CONTAINER_PACKAGES := podman runc netavark aardvark-dns iptables debootstrap
 CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-github-aws-aws-sdk-go-v2-dev \
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-sweep test-fast simulate coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores conformance docs format clean
+.PHONY: demo test test-sweep test-fast test-containers simulate coverage check site package bench bench-api bench-fleet bench-stores bench-downtime clients stores conformance docs format clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/thrave demo
@@ -26,12 +25,16 @@ ALL_TESTS := pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # Every behaviour, with one case of each kind.
 test: $(INSTALLED) packages
-	$(BIN)/$(ALL_TESTS) -m "not sweep"
+	$(BIN)/$(ALL_TESTS) -m "not (sweep or containers)"
 
 # The other cases: a kill at each failpoint, each EC2 client, each statement that can fail, long random runs.
 test-sweep: $(INSTALLED) packages
-	@scripts/system-packages $(SWEEP_PACKAGES)
 	$(BIN)/$(ALL_TESTS) -m sweep
+
+# Makes the images of packaging/containers and a Debian, and runs them. Takes six minutes, and needs root with all capabilities.
+test-containers: $(INSTALLED)
+	@scripts/system-packages $(CONTAINER_PACKAGES)
+	$(BIN)/pytest -m containers tests/packaging
 
 # Runs new seeds of the simulation (docs/explanation/simulation.md). SECONDS=3600 runs them for an hour.
 simulate: $(INSTALLED)
@@ -45,7 +48,7 @@ coverage: $(INSTALLED) packages
 	$(BIN)/coverage report --fail-under=90
 
 test-fast: $(INSTALLED)
-	$(BIN)/pytest -m "not (clients or postgres or s3 or rgw or libvirt or browser or slow or sweep)"
+	$(BIN)/pytest -m "not (clients or postgres or s3 or rgw or libvirt or browser or slow or sweep or containers)"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

@@ -71,7 +71,7 @@ def engine():
         yield found
 
 
-@pytest.mark.sweep
+@pytest.mark.containers
 @pytest.mark.timeout(1200)
 def test_page_works_when_pasted(engine, tmp_path):
     folder = tmp_path / "empty"
@@ -105,7 +105,7 @@ def test_page_works_when_pasted(engine, tmp_path):
     assert [secret for secret in secrets if secret in visible] == []
 
 
-@pytest.mark.sweep
+@pytest.mark.containers
 @pytest.mark.timeout(600)
 def test_thrave_is_installed_on_a_debian_host_and_uninstalled(engine):
     """The lines of the two pages for root. No systemd runs in the container, so `systemctl` starts nothing."""
