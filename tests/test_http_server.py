@@ -1,6 +1,7 @@
 """The HTTP server: timeouts and limits of a client, TLS, and the addresses on which it listens."""
 
 import json
+import os
 import signal
 import socket
 import ssl
@@ -18,7 +19,7 @@ from botocore.exceptions import ClientError, SSLError
 
 from support.eventually import eventually
 from support.servers.tls import certificate
-from support.service.forked_server import ForkedServer
+from support.service.forked_server import ForkedServer, run_thrave
 from thrave.cli.exit_codes import Exit
 from thrave.config import Settings, SettingsError, load_settings
 from thrave.database import open_engine
@@ -280,9 +281,8 @@ def serve(folder, **settings):
     """Run the command until it ends by itself; return its status and stderr."""
     options = [f"{name} = {str(value)!r}" for name, value in settings.items()]
     (folder / "thrave.toml").write_text("\n".join(options))
-    command = [sys.executable, "-m", "thrave", "serve", "--listen-port", "0", "--config", folder / "thrave.toml"]
-    command += ["--data-dir", folder / "data"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    command = ["serve", "--listen-port", "0", "--config", folder / "thrave.toml", "--data-dir", folder / "data"]
+    run = run_thrave(command, os.environ, timeout=TIMEOUT)
     return run.returncode, run.stderr
 
 

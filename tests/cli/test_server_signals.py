@@ -2,12 +2,10 @@
 
 import os
 import signal
-import subprocess
-import tempfile
 
 import pytest
 
-from support.service.forked_server import ForkedServer, fork_thrave
+from support.service.forked_server import ForkedServer, run_thrave
 from thrave.components import open_components
 from thrave.config import DataDirectory, Settings
 from thrave.testing import ThraveServer
@@ -64,18 +62,18 @@ STEPS = {
 def start(command, data, environment):
     options = ["--host-id", "kvm-1"] if command == "agent" else ["--listen-port", "0"]
     words = [command, "--data-dir", data, *options]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = fork_thrave(words, {**os.environ, **environment}, stderr=errors.fileno(), before=HARNESS)
-        stdout, _ = process.communicate(TIMEOUT)
-        errors.seek(0)
-        return subprocess.CompletedProcess(words, process.returncode, stdout, errors.read())
+    return run_thrave(words, {**os.environ, **environment}, before=HARNESS)
 
 
 @pytest.mark.parametrize(
     ("step", "when"),
     [
         *((step, "before") for step in STEPS["serve"]),
-        *((step, "after") for step in STEPS["serve"] if step != "thrave.http_server:HttpServer.serve"),
+        *(
+            pytest.param(step, "after", marks=pytest.mark.sweep)
+            for step in STEPS["serve"]
+            if step != "thrave.http_server:HttpServer.serve"
+        ),
     ],
 )
 def test_sigterm_ends_serve_at_each_step_of_start(tmp_path, step, when):

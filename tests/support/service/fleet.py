@@ -8,13 +8,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.eventually import eventually
-from support.service.forked_server import ForkedServer, fork_thrave
+from support.service.forked_server import ForkedServer, fork_thrave, run_thrave
 from thrave.components import open_components
 from thrave.config import DataDirectory, Settings
 from thrave.tasks.errors import HostInUse
@@ -58,10 +57,8 @@ class Fleet:
 
     def thrave(self, *arguments, data=None):
         """Run a `thrave` command on the data directory of the first API process."""
-        return subprocess.run(
-            [sys.executable, "-m", "thrave", *arguments, "--data-dir", data or self.first.data.root],
-            check=False, env={**os.environ, **self._environment}, capture_output=True, text=True, timeout=TIMEOUT,
-        )  # fmt: skip
+        words = [*arguments, "--data-dir", data or self.first.data.root]
+        return run_thrave(words, {**os.environ, **self._environment}, timeout=TIMEOUT)
 
     def adopt(self, lost, *, by):
         """Let a host adopt the tasks of another host, as soon as the other host counts as lost."""

@@ -9,8 +9,10 @@ Nothing else is imported here, since every process that is forked imports this.
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -52,6 +54,20 @@ def fork_thrave(arguments, environment, *, stderr=2, before=""):
         process.args = words
         process.stdout = os.fdopen(os.dup(stdout.fileno()))
     return process
+
+
+def run_thrave(arguments, environment, *, before="", timeout=120):
+    """Run `thrave` until it ends, as `fork_thrave`; return the result as `subprocess.run` with the output as text."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = fork_thrave(arguments, environment, stderr=errors.fileno(), before=before)
+        try:
+            stdout, _ = process.communicate(timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate(timeout)
+            raise
+        errors.seek(0)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, errors.read())
 
 
 class _Process(_CONTEXT.Process):
