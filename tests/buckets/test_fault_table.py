@@ -47,19 +47,27 @@ def short_waits(monkeypatch):
 
 
 def parametrize(table, *only):
-    """Each cell of these columns for one fault and for repeated faults; only the latter if both results are equal."""
-    parameters = [
-        pytest.param(
-            fault,
-            kind,
-            outcome.always if is_repeated else outcome.once,
-            is_repeated,
-            id=f"{name(fault)}-{kind}-{'always' if is_repeated else 'once'}",
-        )
-        for fault, kind, outcome in cases(table, only)
-        for is_repeated in (False, True)
-        if is_repeated or outcome.once != outcome.always
-    ]
+    """Each cell of these columns for one fault and for repeated faults; only the latter if both results are equal.
+
+    `make test` runs the first cell of each row and each column, `make test-sweep` the others.
+    """
+    parameters, rows, columns = [], set(), set()
+    for fault, kind, outcome in cases(table, only):
+        marks = [pytest.mark.sweep] if name(fault) in rows and kind in columns else []
+        rows.add(name(fault))
+        columns.add(kind)
+        parameters += [
+            pytest.param(
+                fault,
+                kind,
+                outcome.always if is_repeated else outcome.once,
+                is_repeated,
+                id=f"{name(fault)}-{kind}-{'always' if is_repeated else 'once'}",
+                marks=marks,
+            )
+            for is_repeated in (False, True)
+            if is_repeated or outcome.once != outcome.always
+        ]
     return pytest.mark.parametrize(("fault", "kind", "outcome", "is_repeated"), parameters)
 
 
