@@ -16,29 +16,41 @@ from support.service.forked_server import ForkedServer
 MIB = 1 << 20
 
 
-@pytest.fixture
-def restored(tmp_path):
-    """A stopped service with a complete bundle, and a database in which its task has only stored all parts."""
-    gate, begun = tmp_path / "gate", tmp_path / "begun"
-    with ForkedServer.running(tmp_path / "thrave") as server:
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory):
+    """A service that has completed a bundle, and a copy of its data with the database of the moment before."""
+    folder = tmp_path_factory.mktemp("restored")
+    gate, begun = folder / "gate", folder / "begun"
+    with ForkedServer.running(folder / "thrave") as server:
         account, key = server.account("alice")
-        disk = make_disk(tmp_path / "disk.raw", 25 * MIB)
+        disk = make_disk(folder / "disk.raw", 28 * MIB, holes=False)
+        shutil.copy(disk, folder / "disk.copy")
         instance = server.instance(
             account.account_id, disk, stop_command=("true",), start_command=command_that_waits(gate, begun)
         )
         ec2 = server.client(key)
         storage = server.storage(key, "golden", "win")
         bundle_id = ec2.bundle_instance(InstanceId=instance.instance_id, Storage=storage)["BundleTask"]["BundleId"]
-        eventually(begun.exists, "the instance is being started")
-        with sqlite3.connect(server.data.database_file) as old, sqlite3.connect(tmp_path / "backup.db") as backup:
+        eventually(begun.exists, "every part is stored, and the instance is being started")
+        with sqlite3.connect(server.data.database_file) as old, sqlite3.connect(folder / "thrave.db") as backup:
             old.backup(backup)
         gate.touch()
         assert await_task(ec2, bundle_id)["State"] == "complete"
         server.stop()
-        for name in ("thrave.db", "thrave.db-wal", "thrave.db-shm"):
-            (server.data.root / name).unlink(missing_ok=True)
-        shutil.copy(tmp_path / "backup.db", server.data.database_file)
-        yield server, key, bundle_id, disk
+        shutil.copytree(server.data.root, folder / "backup", ignore=shutil.ignore_patterns("thrave.db*"))
+        shutil.copy(folder / "thrave.db", folder / "backup")
+        return server, key, bundle_id, disk
+
+
+@pytest.fixture
+def restored(completed):
+    """The service, stopped, with its complete bundle and the older database."""
+    server, _, _, disk = completed
+    shutil.copy(disk.with_suffix(".copy"), disk)
+    shutil.rmtree(server.data.root)
+    shutil.copytree(server.data.root.parent / "backup", server.data.root)
+    yield completed
+    server.stop()
 
 
 def objects(server):
@@ -47,10 +59,16 @@ def objects(server):
     return {path.name: path.read_bytes() for path in bucket.rglob("*") if path.is_file()}
 
 
+def change(disk, position):
+    with disk.open("r+b") as file:
+        file.seek(position)
+        file.write(b"changed at " + str(position).encode())
+
+
 def test_cancelled_task_of_restored_database_keeps_complete_bundle(restored):
     server, key, bundle_id, _ = restored
     before = objects(server)
-    assert "win.manifest.xml" in before
+    assert {"win.manifest.xml", "win.part.1"} <= before.keys()
     subprocess.run(
         [sys.executable, "-m", "thrave", "task", "cancel", bundle_id, "--data-dir", server.data.root], check=True
     )
@@ -62,8 +80,22 @@ def test_cancelled_task_of_restored_database_keeps_complete_bundle(restored):
 def test_resumed_task_of_restored_database_keeps_complete_bundle(restored):
     server, key, bundle_id, disk = restored
     before = objects(server)
-    with disk.open("r+b") as file:
-        file.write(b"changed since")
+    change(disk, 0)
     server.start()
     assert await_task(server.client(key), bundle_id)["State"] == "complete"
     assert objects(server).items() >= before.items()  # a second side file may be added
+
+
+def test_task_of_restored_database_that_resumes_sealing_overwrites_no_part(restored):
+    """The database is of the moment after the first part. The disk has changed since, in the last part."""
+    server, key, bundle_id, disk = restored
+    before = objects(server)
+    with sqlite3.connect(server.data.database_file) as database:
+        database.execute(
+            "UPDATE bundle_task SET next_step = 'seal', state = 'bundling', documents = NULL, checkpoint = NULL"
+        )
+        database.execute("DELETE FROM bundle_part WHERE key <> 'win.part.0'")
+    change(disk, 27 * MIB)
+    server.start()
+    assert await_task(server.client(key), bundle_id)["BundleTaskError"]["Code"] == "Client.PrefixInUse"
+    assert objects(server) == before

@@ -117,6 +117,16 @@ class TaskObjects:
         if self._existing_bundle == "refuse" and self._call(self._location.has_bundle, monitor):
             raise self._prefix_in_use()
 
+    def can_resume(self, series: str, monitor: TaskMonitor) -> bool:
+        """Whether parts of this series may be uploaded: no manifest in the bucket names such a part.
+
+        If one does, this task has completed, and its database was then restored from an older backup. The volume may
+        have changed since, after the point where sealing resumes.
+        """
+        found = self._call(self._location.read_manifest, monitor)
+        start = self.key_of(f"{self.name}.part.{series}")
+        return found is None or not any(key.startswith(start) for key in self._location.part_keys(found))
+
     def can_use_plain_names(self, monitor: TaskMonitor) -> bool:
         """Whether the plain names of parts are unused, as far as can be checked.
 

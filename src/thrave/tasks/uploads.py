@@ -33,7 +33,8 @@ def upload_volume(
 
     An upload resumes with the same key at the end of the stored parts, if the volume is unchanged. Two checks prove
     this: the digest of all data before that point, and the digests of each later part that was sent. If the volume has
-    changed, the upload restarts with another key: one key and IV never encrypt two states of a disk.
+    changed, the upload restarts with another key: one key and IV never encrypt two states of a disk. It also restarts
+    if the bucket has a complete bundle with parts of this sealing: no part of a complete bundle is overwritten.
 
     Raises:
         BucketError: The policy or the bucket refuses a part.
@@ -41,7 +42,7 @@ def upload_volume(
         Exception: What reading the volume raises.
     """
     state = journal.resume_state()
-    if state is not None:
+    if state is not None and objects.can_resume(state.series, monitor):
         later = sum(part.stored for part in state.sent.values())  # stored parts after the first one that is not stored
         monitor.add_event(f"Sealing resumes after {state.first_part} parts; {later} later parts are already stored.")
         try:
