@@ -23,9 +23,9 @@ demo: $(DEMO_INSTALLED)
 
 ALL_TESTS := pytest -n 4 --dist loadfile --no-loadscope-reorder
 
-# Every behaviour, with one case of each kind.
+# Every behaviour, with one case of each kind. SWEEP=1 also runs what `make test-sweep` does, with the same servers.
 test: $(INSTALLED) packages
-	$(BIN)/$(ALL_TESTS) -m "not (sweep or containers)"
+	$(BIN)/$(ALL_TESTS) -m "not ($(if $(SWEEP),,sweep or )containers)"
 
 # The other cases: a kill at each failpoint, each EC2 client, each statement that can fail, long random runs.
 test-sweep: $(INSTALLED) packages
@@ -63,9 +63,9 @@ check: $(INSTALLED)
 site: $(INSTALLED)
 	$(BIN)/python scripts/make_site.py
 
-# DIST=dist keeps wheel and sdist in the folder dist.
+# DIST=dist keeps wheel and sdist in the folder dist. ONLY=3.11 tries only this Python.
 package: $(INSTALLED)
-	$(BIN)/python scripts/check_package.py $(DIST)
+	$(BIN)/python scripts/check_package.py $(if $(ONLY),--python $(ONLY)) $(DIST)
 
 bench: $(INSTALLED)
 	@scripts/system-packages $(BENCH_PACKAGES)

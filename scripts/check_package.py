@@ -1,12 +1,14 @@
 """Builds wheel and sdist, checks them, and runs `thrave demo` from the wheel with every Python of the machine.
 
-    python scripts/check_package.py [FOLDER]
+    python scripts/check_package.py [--python VERSION] [FOLDER]
 
 Every Python from 3.11 on the PATH or below pyenv's `versions` gets a new virtual environment with the wheel, without
 access to the checkout. Then some tests are run in the unpacked sdist, with the wheel, which was built from it. Prints
 one line for each; fails if one fails, or if no Python is found. If all is well, the two files are moved to FOLDER.
+With `--python 3.11` only that Python is tried.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -29,22 +31,28 @@ SDIST_TESTS = (
 SDIST_TEST_TOOLS = ("hypothesis", "psutil", "pytest", "pytest-timeout", "pyyaml")
 
 
-def main(target: Path | None) -> int:
+def main() -> int:
     """Build, check and run the package; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", metavar="VERSION", help="try only this Python, such as 3.11")
+    parser.add_argument("target", nargs="?", type=Path, metavar="FOLDER", help="move wheel and sdist to this folder")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="thrave-package-") as name:
         folder = Path(name)
         wheel = build(folder)
         pythons = find_pythons()
+        if arguments.python:
+            pythons = {version: python for version, python in pythons.items() if version == arguments.python}
         if not pythons:
-            print(f"no Python {'.'.join(map(str, OLDEST))} or newer found", file=sys.stderr)
+            print(f"Python {arguments.python or '3.11 or newer'} was not found", file=sys.stderr)
             return 1
         failed = [version for version, python in pythons.items() if not demo(folder, wheel, version, python)]
         if failed or not check_sdist(folder, interpreter(folder / next(iter(pythons)))):
             return 1
-        if target:
-            target.mkdir(parents=True, exist_ok=True)
+        if arguments.target:
+            arguments.target.mkdir(parents=True, exist_ok=True)
             for file in (folder / "dist").iterdir():
-                shutil.move(file, target / file.name)
+                shutil.move(file, arguments.target / file.name)
     return 0
 
 
@@ -147,6 +155,6 @@ def run(*command: object, folder: Path = Path("/")) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(Path(sys.argv[1]) if sys.argv[1:] else None))
+        sys.exit(main())
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error.output}")
