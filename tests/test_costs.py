@@ -4,6 +4,7 @@ CPU time and memory of the service's process are compared between sizes; no time
 """
 
 import socket
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,9 +152,8 @@ def ask(server, request):
 
 
 def cpu(server):
-    """Nanoseconds of CPU time that the process's threads have had."""
-    tasks = Path(f"/proc/{server.process.pid}/task")
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir())
+    """Nanoseconds of CPU time of the process, with its ended threads."""
+    return time.clock_gettime_ns(~server.process.pid << 3 | 2)  # as clock_getcpuclockid(3)
 
 
 def cost(server, request):

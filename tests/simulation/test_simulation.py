@@ -23,7 +23,7 @@ FAILED_BEFORE = (1000618, 2000051, 2000060, 3000195)
 # need more seeds: docs/explanation/simulation.md has the table.
 FOUND_SOON = {"F1": "lease", "T1": "bucket", "T20": "power", "manifest": "complete"}
 FIRST_SEED = 100_001
-MAX_SEEDS = 50
+MAX_SEEDS = 500
 
 
 def simulate(*arguments):

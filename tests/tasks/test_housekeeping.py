@@ -12,7 +12,7 @@ from thrave.database import bundle_part, bundle_task, bundle_task_event, host, m
 from thrave.retry import RetrySchedule
 from thrave.tasks.errors import TaskCancelled
 from thrave.tasks.housekeeping import ObjectCleanup, TaskRetention
-from thrave.tasks.models import BundleRequest
+from thrave.tasks.models import BundleRequest, BundleTaskState
 
 ACCOUNT = "111111111111"
 HERE, ELSEWHERE, NOWHERE = "here", "elsewhere", "nowhere"
@@ -156,7 +156,7 @@ def test_retention_deletes_rows_events_and_workflow(engine, records, task):
 
 def test_retention_keeps_objects_of_complete_bundle(engine, records, buckets, task):
     task("bun-1", failed=False)
-    for state in ("waiting-for-shutdown", "bundling", "storing"):
+    for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
         records.change_state("bun-1", state)
     assert records.complete("bun-1")
     age(engine, 8)
